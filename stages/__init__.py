@@ -1,0 +1,1 @@
+"""The pipeline: one module per DVC stage, each read from top to bottom."""

@@ -1,0 +1,58 @@
+"""Files that are whole or absent: written under a temporary name, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHECKPOINTS = Path("checkpoints")
+BASE = CHECKPOINTS / "base"
+DATA = Path("data")
+MERGED = Path("merged")
+REPORTS = Path("reports")
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """Hash the contents of `paths`, in the order given, as one hex digest."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Parse the JSON file at `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path` as indented JSON in one step."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends without an error.
+
+    What stood at `folder` is replaced; after an error it stands as it was.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

@@ -1,0 +1,11 @@
+"""Post-training methods by name. A new method is one new file here: it is found by itself."""
+
+import importlib
+import pkgutil
+
+from stages.methods.stage import Stage
+
+for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+    importlib.import_module(_module.name)
+
+METHODS: dict[str, type[Stage]] = {method.name(): method for method in Stage.methods()}

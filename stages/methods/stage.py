@@ -1,0 +1,61 @@
+"""What every training stage can be told, whatever its method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """A mapping of params.yaml: every key known, every value of the stated type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Stage(Settings, ABC):
+    """One post-training step; a method adds its own keys and says how it is put on the model.
+
+    Methods import torch and peft when they are used, not at the top: params.yaml is read by every
+    stage of the pipeline, and most of them need neither.
+    """
+
+    parent: str
+    dataset: str
+    method: str
+    layers: str = "all"
+    lr: float = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=16, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    max_length: int = Field(default=1024, gt=1)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Share = 0.1
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    replay: Share = 0.0
+
+    @abstractmethod
+    def adapter_config(self, model: nn.Module, layers: list[int]) -> PeftConfig:
+        """PEFT configuration that trains this method on `layers` of `model` and nothing else."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of `method` that selects this class."""
+        return str(get_args(cls.model_fields["method"].annotation)[0])
+
+    @classmethod
+    def methods(cls) -> Iterator[type[Stage]]:
+        """Every class below this one that names a method."""
+        for subclass in cls.__subclasses__():
+            if subclass.model_fields["method"].annotation is not str:
+                yield subclass
+            yield from subclass.methods()

@@ -1,0 +1,266 @@
+"""The only reader of params.yaml: typed, validated, one clear sentence per mistake.
+
+`python -m stages.params` checks the file and prints nothing but the number of stages when all is well.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages import layers
+from stages.errors import MistakeError, run
+from stages.files import BASE, read_json
+from stages.methods import METHODS
+from stages.methods.stage import Settings, Stage
+
+PARAMS = Path("params.yaml")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+RESERVED = {"base", "merged"}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Base(Settings):
+    """The model to start from."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class ReasoningGym(Settings):
+    """Tasks that the reasoning-gym library generates and scores."""
+
+    source: Literal["reasoning_gym"]
+    task: str
+    config: dict[str, Any] = {}
+    train: int = Field(gt=0)
+    eval: int = Field(gt=0)
+
+
+class LocalFile(Settings):
+    """Records in a jsonl, csv or parquet file; `train: null` takes all that `eval` leaves."""
+
+    source: Literal["file"]
+    path: str
+    train: int | None = Field(default=None, gt=0)
+    eval: int = Field(gt=0)
+
+
+class Hub(Settings):
+    """One split of a dataset on the Hugging Face hub, at a fixed revision."""
+
+    source: Literal["hub"]
+    id: str
+    revision: str
+    config: str | None = None
+    split: str = "train"
+    train: int | None = Field(default=None, gt=0)
+    eval: int = Field(gt=0)
+
+
+Dataset = ReasoningGym | LocalFile | Hub
+SOURCES: dict[str, type[Dataset]] = {"reasoning_gym": ReasoningGym, "file": LocalFile, "hub": Hub}
+
+
+class Merge(Settings):
+    """How the stages' deltas become one model: a mergekit method, in mergekit's own words."""
+
+    method: str = "task_arithmetic"
+    weights: dict[str, float] = Field(min_length=1)
+    density: float | None = Field(default=None, gt=0, le=1)
+    dtype: Dtype = "bfloat16"
+    seed: int = Field(default=0, ge=0)
+
+
+class Evaluate(Settings):
+    """Bounds of the evaluation; answers longer than `max_new_tokens` are cut and count as wrong."""
+
+    batch_size: int = Field(default=64, gt=0)
+    max_new_tokens: int = Field(default=32, gt=0)
+
+
+class Params(BaseModel):
+    """All of params.yaml."""
+
+    seed: int
+    threads: int
+    base: Base
+    datasets: dict[str, Dataset]
+    stages: dict[str, Stage]
+    merge: Merge
+    evaluate: Evaluate
+
+    def ancestors(self, name: str) -> list[str]:
+        """Stages between the base and stage `name`, the oldest first, `name` itself left out."""
+        parent = self.stages[name].parent
+        return [] if parent == "base" else [*self.ancestors(parent), parent]
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check the whole file.
+
+    Raises:
+        MistakeError: for the first mistake found.
+    """
+    content = _read(path)
+    _known_keys(content, ["seed", "threads", "base", "datasets", "stages", "merge", "evaluate"], path, "")
+    params = Params.model_construct(
+        seed=_value(content, "seed", Annotated[int, Field(ge=0)], 0, path),
+        threads=_value(content, "threads", Annotated[int, Field(gt=0)], 2, path),
+        base=_settings(content, "base", Base, path),
+        datasets={
+            name: _choose(item, f"datasets.{name}", "source", SOURCES, path)
+            for name, item in _named(content, "datasets", path).items()
+        },
+        stages={
+            name: _choose(item, f"stages.{name}", "method", METHODS, path)
+            for name, item in _named(content, "stages", path).items()
+        },
+        merge=_settings(content, "merge", Merge, path),
+        evaluate=_settings({"evaluate": {}} | content, "evaluate", Evaluate, path),
+    )
+    _check_references(params, path)
+    if (BASE / "config.json").exists():
+        check_layers(params, read_json(BASE / "config.json")["num_hidden_layers"], path)
+    return params
+
+
+def check_layers(params: Params, num_layers: int, path: Path = PARAMS) -> None:
+    """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
+    for name, stage in params.stages.items():
+        try:
+            layers.parse(stage.layers, num_layers)
+        except MistakeError as mistake:
+            raise MistakeError(f"{path}: stages.{name}.layers: {mistake}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise MistakeError(f"{path} is missing; run the command in the folder that holds it")
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise MistakeError(f"{path}:{line} is not valid YAML ({problem}); correct that line") from None
+    if not isinstance(content, dict):
+        raise MistakeError(f"{path} holds no keys; start from the one in the repository")
+    return content
+
+
+def _known_keys(content: dict[str, Any], known: list[str], path: Path, where: str) -> None:
+    for key in content:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            fix = f"did you mean {nearest[0]}?" if nearest else f"known keys are {', '.join(known)}"
+            raise MistakeError(f"{path}: {where}{key} is not a known key; {fix}")
+
+
+def _named(content: dict[str, Any], section: str, path: Path) -> dict[str, Any]:
+    items = content.get(section)
+    if not isinstance(items, dict) or not items:
+        raise MistakeError(f"{path}: {section} needs at least one name with its settings below it")
+    for name in items:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise MistakeError(
+                f"{path}: {section}.{name} is no usable name;"
+                " start with a letter and use only letters, digits, - and _"
+            )
+        if section == "stages" and name in RESERVED:
+            raise MistakeError(f"{path}: {section}.{name} is a reserved name; choose another")
+    return items
+
+
+def _choose(item: Any, where: str, key: str, classes: dict[str, Any], path: Path) -> Any:
+    """Validate `item` with the class that its own `key` names."""
+    if not isinstance(item, dict):
+        raise MistakeError(f"{path}: {where} needs its settings below it, {key} first")
+    choice = item.get(key)
+    if choice is None:
+        raise MistakeError(f"{path}: {where}.{key} is missing; choose one of {', '.join(sorted(classes))}")
+    if choice not in classes:
+        nearest = difflib.get_close_matches(str(choice), classes, n=1)
+        fix = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(sorted(classes))}"
+        raise MistakeError(f"{path}: {where}.{key} {choice!r} is not known; {fix}")
+    return _validate(item, where, classes[choice], path)
+
+
+def _settings(content: dict[str, Any], section: str, cls: type[Settings], path: Path) -> Any:
+    item = content.get(section)
+    if not isinstance(item, dict):
+        raise MistakeError(f"{path}: {section} is missing; give it its settings as keys below it")
+    return _validate(item, section, cls, path)
+
+
+def _validate(item: dict[str, Any], where: str, cls: type[Settings], path: Path) -> Settings:
+    _known_keys(item, list(cls.model_fields), path, f"{where}.")
+    try:
+        return cls.model_validate(item)
+    except ValidationError as error:
+        raise MistakeError(_sentence(error, where, path)) from None
+
+
+def _value(content: dict[str, Any], key: str, kind: Any, default: Any, path: Path) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(content.get(key, default), strict=True)
+    except ValidationError as error:
+        raise MistakeError(_sentence(error, key, path)) from None
+
+
+def _sentence(error: ValidationError, where: str, path: Path) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join([where, *map(str, first["loc"])])
+    if first["type"] == "missing":
+        return f"{path}: {key} is missing; add it"
+    wish = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{path}: {key} is {first['input']!r}; it should be {wish}"
+
+
+def _check_references(params: Params, path: Path) -> None:
+    for name, stage in params.stages.items():
+        _one_of(stage.parent, ["base", *params.stages], f"stages.{name}.parent", "a stage", path)
+        _one_of(stage.dataset, list(params.datasets), f"stages.{name}.dataset", "a dataset", path)
+    for name in params.stages:
+        _refuse_cycle(params, name, path)
+    for name in params.merge.weights:
+        _one_of(name, list(params.stages), f"merge.weights.{name}", "a stage", path)
+    for name, stage in params.stages.items():
+        if stage.replay and not params.ancestors(name):
+            raise MistakeError(
+                f"{path}: stages.{name}.replay has nothing to replay, for its parent is base; remove the key"
+            )
+
+
+def _one_of(name: str, known: list[str], where: str, what: str, path: Path) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+        raise MistakeError(f"{path}: {where} names {name!r}, which is not {what}; {fix}")
+
+
+def _refuse_cycle(params: Params, start: str, path: Path) -> None:
+    seen = [start]
+    while (parent := params.stages[seen[-1]].parent) != "base":
+        if parent in seen:
+            raise MistakeError(
+                f"{path}: stages.{start}.parent closes a circle ({' → '.join([*seen, parent])});"
+                " let one of them start from base"
+            )
+        seen.append(parent)
+
+
+def main() -> None:
+    """Check params.yaml and say so."""
+    params = load()
+    print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
+
+
+if __name__ == "__main__":
+    run(main)
