@@ -1,0 +1,1 @@
+"""Checkpoints as lazily computed tensors, and the single-file writer."""
