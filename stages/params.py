@@ -20,7 +20,7 @@ from stages.methods.stage import Settings, Stage
 
 PARAMS = Path("params.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {"base", "merged"}
+RESERVED = {"base", "merged", "picked"}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

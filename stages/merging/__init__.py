@@ -1,0 +1,1 @@
+"""Merge methods: mergekit's kernels, and in time ours registered beside them."""

@@ -1,0 +1,23 @@
+"""Name one checkpoint as an input of the merge: `python -m stages.pick NAME`.
+
+DVC cannot make a list of dependencies from params.yaml, so each merged stage leaves a manifest with its
+hash in checkpoints/picked, and the merge depends on that folder.
+"""
+
+import sys
+
+from stages import params
+from stages.errors import run
+from stages.files import CHECKPOINTS, PICKED, read_json, write_json
+
+
+def main(name: str) -> None:
+    """Write checkpoints/picked/NAME.json: the stage and the hashes of its lineage."""
+    settings = params.load()
+    lineage = [*settings.ancestors(name), name]
+    hashes = {stage: read_json(CHECKPOINTS / stage / "stage.json")["sha256"] for stage in ["base", *lineage]}
+    write_json(PICKED / f"{name}.json", {"stage": name, "sha256": hashes})
+
+
+if __name__ == "__main__":
+    run(main, *sys.argv[1:])
