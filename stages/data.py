@@ -6,6 +6,7 @@ Writes data/NAME/train.jsonl and eval.jsonl, which share no question, and report
 import json
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -54,14 +55,17 @@ def read(dataset: params.Dataset, seed: str, where: str) -> Iterator[Record]:
 
 def from_reasoning_gym(dataset: params.ReasoningGym, seed: str, where: str) -> Iterator[Record]:
     """Generated tasks: up to four times as many as are wanted, for some questions come up twice."""
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # from a dependency, when it is first compiled
     import reasoning_gym
 
     try:
-        tasks = reasoning_gym.create_dataset(
-            dataset.task,
-            size=4 * (dataset.train + dataset.eval),
-            seed=random.Random(seed).randrange(2**31),
-            **dataset.config,
+        tasks = list(
+            reasoning_gym.create_dataset(
+                dataset.task,
+                size=4 * (dataset.train + dataset.eval),
+                seed=random.Random(seed).randrange(2**31),
+                **dataset.config,
+            )
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise MistakeError(
@@ -106,9 +110,7 @@ def from_hub(dataset: params.Hub, where: str) -> Iterable[Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(
-            dataset.id, name=dataset.config, revision=dataset.revision, split=dataset.split
-        )
+        return datasets.load_dataset(dataset.id, name=dataset.config, revision=dataset.revision, split=dataset.split)
     except Exception as error:  # the library raises its own, the hub's, and the network's
         reason = str(error).strip().splitlines()[0]
         raise MistakeError(f"{where}.id {dataset.id!r} does not load ({reason}); correct the id or split") from None

@@ -7,6 +7,7 @@ from stages.errors import MistakeError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 RANGES = re.compile(r"all|last [1-9]\d*|\d+(-\d+)?(, ?\d+(-\d+)?)*")
 
@@ -35,13 +36,11 @@ def parse(text: str, num_layers: int) -> list[int]:
         if first > last:
             raise MistakeError(f"{text!r} runs backwards; write the smaller layer first")
         if first < 0 or last >= num_layers:
-            raise MistakeError(
-                f"{text!r} is outside the model, which has layers 0-{num_layers - 1}; stay within them"
-            )
+            raise MistakeError(f"{text!r} is outside the model, which has layers 0-{num_layers - 1}; stay within them")
     return sorted({layer for first, last in ranges for layer in range(first, last + 1)})
 
 
-def layer_stack(model: "nn.Module") -> str:
+def layer_stack(model: "PreTrainedModel") -> str:
     """Dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
 
     Raises:
@@ -56,27 +55,25 @@ def layer_stack(model: "nn.Module") -> str:
     raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
 
 
-def linear_modules(model: "nn.Module", layers: list[int]) -> list[str]:
+def linear_modules(model: "PreTrainedModel", layers: list[int]) -> list[str]:
     """Dotted names of the weight matrices (Linear and GPT-2's Conv1D) inside `layers`."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return [
-        name for name, module in _inside(model, layers) if isinstance(module, nn.Linear | Conv1D)
-    ]
+    return [name for name, module in _inside(model, layers) if isinstance(module, nn.Linear | Conv1D)]
 
 
-def norm_modules(model: "nn.Module", layers: list[int]) -> list[str]:
+def norm_modules(model: "PreTrainedModel", layers: list[int]) -> list[str]:
     """Dotted names of the normalisations inside `layers`, Qwen3's query and key norms among them."""
     return [name for name, module in _inside(model, layers) if "Norm" in type(module).__name__]
 
 
-def parameter_modules(model: "nn.Module", layers: list[int]) -> list[str]:
+def parameter_modules(model: "PreTrainedModel", layers: list[int]) -> list[str]:
     """Dotted names of every module inside `layers` that holds parameters of its own."""
     return [name for name, module in _inside(model, layers) if any(True for _ in module.parameters(recurse=False))]
 
 
-def _inside(model: "nn.Module", layers: list[int]) -> list[tuple[str, "nn.Module"]]:
+def _inside(model: "PreTrainedModel", layers: list[int]) -> list[tuple[str, "nn.Module"]]:
     stack = layer_stack(model)
     prefixes = tuple(f"{stack}.{layer}." for layer in layers)
     return [(name, module) for name, module in model.named_modules() if name.startswith(prefixes)]
@@ -86,5 +83,10 @@ def exactly(modules: list[str]) -> str:
     """Regular expression that matches exactly these module names.
 
     PEFT's `layers_to_transform` fails for many adapter types; a regex in `target_modules` works for all.
+
+    Raises:
+        MistakeError: there are none.
     """
+    if not modules:
+        raise MistakeError("params.yaml: a stage's method finds nothing to train in its layers; choose another method")
     return "|".join(re.escape(name) for name in modules)

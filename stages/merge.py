@@ -36,7 +36,11 @@ def main() -> None:
 
 
 def merge_into(
-    path: Path, base: Checkpoint, stages: list[VirtualCheckpoint], merge: params.Merge, metadata: dict[str, str]
+    path: Path,
+    base: Checkpoint,
+    stages: list[VirtualCheckpoint],
+    merge: params.Merge,
+    metadata: dict[str, str],
 ) -> None:
     """Stream the merged model into one safetensors file, one module in memory at a time.
 

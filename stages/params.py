@@ -170,8 +170,7 @@ def _named(content: dict[str, Any], section: str, path: Path) -> dict[str, Any]:
     for name in items:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise MistakeError(
-                f"{path}: {section}.{name} is no usable name;"
-                " start with a letter and use only letters, digits, - and _"
+                f"{path}: {section}.{name} is no usable name; start with a letter and use only letters, digits, - and _"
             )
         if section == "stages" and name in RESERVED:
             raise MistakeError(f"{path}: {section}.{name} is a reserved name; choose another")

@@ -35,7 +35,11 @@ def resume_folder(key: dict[str, Any]) -> Iterator[Path]:
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Replace the folder's state in one step; a kill leaves the old one or the new one."""
     temporary = folder / "state.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"facts": json.dumps(facts)})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        temporary,
+        {"facts": json.dumps(facts)},
+    )
     os.replace(temporary, folder / "state.safetensors")
 
 

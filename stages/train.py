@@ -70,7 +70,10 @@ def describe(name: str, settings: params.Params, seed: int) -> dict[str, Any]:
     stage = settings.stages[name]
     parent = read_json(CHECKPOINTS / stage.parent / "stage.json")
     num_layers = read_json(BASE / "stage.json")["layers"]
-    datasets = [stage.dataset, *(settings.stages[a].dataset for a in settings.ancestors(name) if stage.replay)]
+    datasets = [
+        stage.dataset,
+        *(settings.stages[a].dataset for a in settings.ancestors(name) if stage.replay),
+    ]
     return {
         "name": name,
         "parent": stage.parent,
@@ -91,10 +94,7 @@ def put_on(stage: Stage, model: Any, dtype: torch.dtype) -> PeftModel:
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """
-    chosen = layers.parse(stage.layers, model.config.num_hidden_layers)
-    config = stage.adapter_config(model, chosen)
-    if not config.target_modules:
-        raise MistakeError(f"params.yaml: method {stage.method!r} finds nothing to train in layers {stage.layers}")
+    config = stage.adapter_config(model, layers.parse(stage.layers, model.config.num_hidden_layers))
     config.base_model_name_or_path = str(CHECKPOINTS / stage.parent)
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
@@ -126,7 +126,9 @@ def examples(settings: params.Params, name: str) -> tuple[list[Example], list[Ex
     return own, replayed, cut
 
 
-def batches(own: list[Example], replayed: list[Example], stage: Stage, seed: int, start: int) -> Iterator[list[Example]]:
+def batches(
+    own: list[Example], replayed: list[Example], stage: Stage, seed: int, start: int
+) -> Iterator[list[Example]]:
     """Batches of steps `start`, `start`+1, …: each a function of the seed and its number alone."""
     share = round(stage.batch_size * stage.replay) if replayed else 0
     for step in range(start, stage.steps):
@@ -138,9 +140,7 @@ def _draw(population: int, count: int, step: int, seed: int) -> list[int]:
     """Indices of one step from an endless run of shuffled passes over the population."""
     positions = range(step * count, (step + 1) * count)
     passes = {p // population for p in positions}
-    order = {
-        p: torch.randperm(population, generator=torch.Generator().manual_seed((seed << 20) + p)) for p in passes
-    }
+    order = {p: torch.randperm(population, generator=torch.Generator().manual_seed((seed << 20) + p)) for p in passes}
     return [int(order[p // population][p % population]) for p in positions]
 
 
@@ -166,7 +166,7 @@ def fit(
     bar = tqdm(total=stage.steps, initial=len(curve), desc=title, unit="step", dynamic_ncols=True)
     for batch in batches(own, replayed, stage, seed, start=len(curve)):
         rate = schedule.get_last_lr()[0]
-        loss, tokens = backward(model, batch, stage.micro_batch_size or len(batch), pad, accelerator)
+        loss, tokens = backward(model, batch, stage.micro_batch_size, pad, accelerator)
         norm = accelerator.clip_grad_norm_(trained.values(), stage.clip)
         if not math.isfinite(loss):
             raise MistakeError(
@@ -193,6 +193,7 @@ def backward(
         That loss in nats, and the number of tokens processed (padding left out).
     """
     supervised = sum(sum(example.supervised[1:]) for example in batch)
+    batch = sorted(batch, key=lambda example: len(example.ids))  # neighbours of one length need little padding
     total = 0.0
     for start in range(0, len(batch), micro_batch_size):
         with accelerator.autocast():
@@ -205,7 +206,7 @@ def backward(
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the adapter in PEFT's format, without the model card that names this machine's paths."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -228,7 +229,10 @@ def _save(work: Path, trained: dict[str, Any], optimizer: Any, schedule: Any, cu
     tensors = {f"weight/{name}": p.detach() for name, p in trained.items()} | {"random": torch.get_rng_state()}
     for name, parameter in trained.items():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    facts = {"curve": curve, "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"}}
+    facts = {
+        "curve": curve,
+        "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+    }
     save_state(work, tensors, facts)
 
 

@@ -28,9 +28,7 @@ def find_method(merge: Merge) -> MergeMethod:
     if merge.density is not None and "density" not in _parameters(method):
         raise MistakeError(f"params.yaml: merge.density means nothing to method {merge.method!r}; remove the key")
     if "weight" not in _parameters(method) and set(merge.weights.values()) != {1.0}:
-        raise MistakeError(
-            f"params.yaml: merge.weights are not used by method {merge.method!r}; set them all to 1.0"
-        )
+        raise MistakeError(f"params.yaml: merge.weights are not used by method {merge.method!r}; set them all to 1.0")
     try:
         method.validate_inputs(*_inputs(method, list(merge.weights)))
     except ValueError as error:

@@ -14,7 +14,7 @@ from stages.methods.stage import Stage
 
 if TYPE_CHECKING:
     from peft import LNTuningConfig
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 class Full(Stage):
@@ -22,7 +22,7 @@ class Full(Stage):
 
     method: Literal["full"]
 
-    def adapter_config(self, model: nn.Module, layers: list[int]) -> LNTuningConfig:
+    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LNTuningConfig:
         """Train a copy of every module of `layers` that holds parameters."""
         from peft import LNTuningConfig
 
@@ -34,7 +34,7 @@ class LayerNorm(Stage):
 
     method: Literal["ln"]
 
-    def adapter_config(self, model: nn.Module, layers: list[int]) -> LNTuningConfig:
+    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LNTuningConfig:
         """Train a copy of every normalisation of `layers`."""
         from peft import LNTuningConfig
 

@@ -11,7 +11,7 @@ from stages.methods.stage import Share, Stage
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 class Lora(Stage):
@@ -24,7 +24,7 @@ class Lora(Stage):
     alpha: float | None = Field(default=None, gt=0)
     dropout: Share = 0.0
 
-    def adapter_config(self, model: nn.Module, layers: list[int]) -> LoraConfig:
+    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LoraConfig:
         """Adapt every weight matrix of `layers`; alpha is twice the rank unless it is given."""
         from peft import LoraConfig
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import nn
+    from transformers import PreTrainedModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -35,7 +35,7 @@ class Stage(Settings, ABC):
     lr: float = Field(gt=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(default=16, gt=0)
-    micro_batch_size: int | None = Field(default=None, gt=0)
+    micro_batch_size: int = Field(default=8, gt=0)
     max_length: int = Field(default=1024, gt=1)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Share = 0.1
@@ -44,7 +44,7 @@ class Stage(Settings, ABC):
     replay: Share = 0.0
 
     @abstractmethod
-    def adapter_config(self, model: nn.Module, layers: list[int]) -> PeftConfig:
+    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> PeftConfig:
         """PEFT configuration that trains this method on `layers` of `model` and nothing else."""
 
     @classmethod

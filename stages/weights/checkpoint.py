@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json
 
 Tensors = dict[str, torch.Tensor]
+
+# PEFT says this of every norm in LN-tuning, and norms are what LN-tuning is for.
+warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
 
 
 class Checkpoint:
@@ -97,7 +101,10 @@ class VirtualCheckpoint:
         """Effective parameters of module `path`, in float32."""
         if self._last[0] != path:
             weights = self.parent.module(path)
-            self._last = (path, self.adapter.apply(path, weights) if path in self.adapter.modules else weights)
+            self._last = (
+                path,
+                self.adapter.apply(path, weights) if path in self.adapter.modules else weights,
+            )
         return self._last[1]
 
     def delta(self, path: str) -> Tensors:
@@ -121,7 +128,7 @@ class Adapter:
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
         self.base = base
-        self.config = PeftConfig.from_pretrained(folder)
+        self.config = PeftConfig.from_pretrained(str(folder))
         self.config.inference_mode = True
         self.config.task_type = None
         self._file = safe_open(folder / "adapter_model.safetensors", framework="pt")

@@ -60,7 +60,7 @@ def write_single_file(
             data = values.reshape(-1).view(torch.uint8).numpy()
             if list(values.shape) != shape or data.nbytes != math.prod(shape) * SIZES[dtype]:
                 raise ValueError(f"{name} is {list(values.shape)} {values.dtype}, expected {shape} {dtype}")
-            file.write(data)
+            file.write(data.data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,0 +1,250 @@
+"""What each stage and the merge changed, tensor by tensor, with one module in memory at a time.
+
+Every ratio of norms is kept as its parts, so that a layer's or a model's number is exact and not a mean of
+ratios. Inner products are summed in float64; they give cosines and survival with no second pass.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from stages.layers import layer_stack
+from stages.merging.kernels import find_method, merge_tensor
+from stages.params import Merge
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+
+MERGED = "merged"
+OUTSIDE = -1  # the layer of a tensor that belongs to none, such as an embedding
+CHUNK = 1 << 22  # entries that are float64 at one time
+
+COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
+
+Matrix = np.ndarray
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything the report needs to know about weights.
+
+    Attributes:
+        names: the stages in the order of params.yaml, then `merged`.
+        rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, entries, the
+            Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
+            whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|.
+        grams: by layer, inner products of all pairs of `names`, float64 [names, names].
+        modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
+        layers: how many layers the model has.
+        untouched: how many tensors no merged stage changes.
+        untouched_max: max|merged − base| over them, the base rounded to the merged file's dtype.
+    """
+
+    names: list[str]
+    rows: pd.DataFrame
+    grams: dict[int, Matrix]
+    modules: list[str]
+    layers: int
+    untouched: int
+    untouched_max: float
+
+
+def measure(base: Checkpoint, stages: list[VirtualCheckpoint], merged: Checkpoint, merge: Merge) -> Measured:
+    """Compare every tensor of the stages and of the merged file with the base.
+
+    Args:
+        base: the model that all stages go back to.
+        stages: every stage, merged or not.
+        merged: the file that the merge wrote.
+        merge: its settings; the exact merge is computed once more, for that is what the file rounds.
+    """
+    stack = layer_stack(base.skeleton)
+    tally = _Tally([*(stage.name for stage in stages), MERGED], merge)
+    for path, parameters in base.modules.items():
+        deltas = {stage.name: stage.delta(path) for stage in stages if path in stage.adapter.modules}
+        for parameter in parameters:
+            name = f"{path}.{parameter}"
+            own = {stage: delta[parameter] for stage, delta in deltas.items() if bool(delta[parameter].any())}
+            tally.add(name, place(path, stack), base.stored(name), merged.stored(name), own)
+    return Measured(
+        names=tally.names,
+        rows=pd.DataFrame(tally.rows, columns=COLUMNS),
+        grams=tally.grams,
+        modules=_kinds(base, stack),
+        layers=base.skeleton.config.num_hidden_layers,
+        untouched=len(tally.untouched),
+        untouched_max=max(tally.untouched, default=0.0),
+    )
+
+
+class _Tally:
+    """What `measure` has seen so far."""
+
+    def __init__(self, names: list[str], merge: Merge) -> None:
+        self.names, self.merge, self.method = names, merge, find_method(merge)
+        self.rows: list[dict[str, object]] = []
+        self.grams: dict[int, Matrix] = {}
+        self.untouched: list[float] = []
+
+    def add(
+        self,
+        name: str,
+        where: tuple[int, str],
+        stored: torch.Tensor,
+        result: torch.Tensor,
+        own: dict[str, torch.Tensor],
+    ) -> None:
+        """Take in one tensor: of the base, of the merged file, and the deltas of the stages that change it."""
+        weight, rounded_base = stored.float(), stored.to(result.dtype)
+        exact = {stage: weight + delta for stage, delta in own.items()}
+        files = {stage: values.to(result.dtype) for stage, values in exact.items()}
+        deltas = dict(own)
+        if listed := {stage: own[stage] for stage in sorted(own) if stage in self.merge.weights}:
+            exact[MERGED] = merge_tensor(self.method, name, weight, listed, self.merge)
+            files[MERGED], deltas[MERGED] = result, result.float() - weight
+        else:
+            self.untouched.append(_distance(result, rounded_base))
+        for stage, delta in deltas.items():
+            self.rows.append(
+                {
+                    "stage": stage,
+                    "layer": where[0],
+                    "module": where[1],
+                    "parameter": name.rpartition(".")[2],
+                    "entries": weight.numel(),
+                    "weight": _norm(weight),
+                    "delta": _norm(delta),
+                    "error": _norm(files[stage].float() - exact[stage]),
+                    "unchanged": int((files[stage] == rounded_base).sum()),
+                    "max_abs": float(delta.abs().max()),
+                }
+            )
+        if deltas:
+            here = [self.names.index(stage) for stage in deltas]
+            gram = self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))
+            gram[np.ix_(here, here)] += inner_products(list(deltas.values()))
+
+
+def place(path: str, stack: str) -> tuple[int, str]:
+    """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(-1, path)`.
+
+    Args:
+        path: dotted name of the module.
+        stack: dotted name of the list of layers, from `stages.layers.layer_stack`.
+    """
+    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
+
+
+def inner_products(deltas: list[torch.Tensor]) -> Matrix:
+    """⟨Δᵢ,Δⱼ⟩ of all pairs, float64 [deltas, deltas]; only a chunk of the deltas is float64 at one time."""
+    total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for parts in zip(*(delta.flatten().split(CHUNK) for delta in deltas), strict=True):
+        rows = torch.stack(parts).double()
+        total += rows @ rows.T
+    return total.numpy()
+
+
+def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Metrics of each group of tensors, taken as one long vector.
+
+    Args:
+        rows: of `Measured`.
+        by: columns that name a group, such as `["stage", "layer"]`.
+
+    Returns:
+        One row per group with relative_change ‖Δ‖/‖W‖, floor (what rounding to the file's dtype alters,
+        over ‖W‖), floor_share (the same over ‖Δ‖), unchanged (share of entries whose bits stay as they
+        were) and max_abs max|Δ|.
+    """
+    squares = rows.assign(**{name: rows[name].astype(float) ** 2 for name in ("weight", "delta", "error")})
+    totals = squares.groupby(by, sort=False)[["weight", "delta", "error", "entries", "unchanged"]].sum()
+    weight, delta, error = (totals[name] ** 0.5 for name in ("weight", "delta", "error"))
+    return pd.DataFrame(
+        {
+            "relative_change": delta / weight,
+            "floor": error / weight,
+            "floor_share": error / delta,
+            "unchanged": totals["unchanged"] / totals["entries"],
+            "max_abs": rows.groupby(by, sort=False)["max_abs"].max(),
+        }
+    ).reset_index()
+
+
+def cosines(gram: Matrix) -> Matrix:
+    """⟨Δᵢ,Δⱼ⟩/‖Δᵢ‖‖Δⱼ‖ [n, n]; not a number where a delta is zero."""
+    norms = np.sqrt(np.diag(gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return gram / np.outer(norms, norms)
+
+
+def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.DataFrame:
+    """How much of each merged stage's delta is in the merged delta, and whose change that one is.
+
+    The merged delta is written as Σ cᵢΔᵢ + rest by least squares, c = G⁻¹⟨Δᵢ,Δ_M⟩. A survival of 1 is the whole
+    delta. The shares cᵢ⟨Δᵢ,Δ_M⟩/‖Δ_M‖² and the share of the rest, called `unexplained`, sum to 1.
+
+    Args:
+        gram: inner products, of a layer or summed over layers.
+        names: what its rows are, the merged model last.
+        merged_stages: those that the merge put in.
+
+    Returns:
+        Columns stage, survival and share; only stages that change something here, then `unexplained`.
+    """
+    present = [i for i, name in enumerate(names) if name in merged_stages and gram[i, i] > 0]
+    onto, total = gram[present, -1], gram[-1, -1]
+    # Stages of one direction have no unique answer; the pseudo-inverse shares it among them.
+    kept = np.linalg.pinv(gram[np.ix_(present, present)], hermitian=True) @ onto
+    shares = kept * onto / total if total else np.zeros(len(present))
+    rest = max(0.0, 1 - float(shares.sum())) if total else 0.0
+    return pd.DataFrame(
+        {
+            "stage": [*(names[i] for i in present), "unexplained"],
+            "survival": [*kept, np.nan],
+            "share": [*shares, rest],
+        }
+    )
+
+
+def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataFrame:
+    """Whether anything changed that should not have.
+
+    A stage's weights are its parent's plus its adapter, so outside the modules that the adapter names its
+    delta is zero by construction: what is checked is that those modules lie within the declared layers. The
+    merged model is a file of its own: each tensor that no merged stage changes is read and compared.
+
+    Args:
+        measured: from `measure`.
+        declared: by stage, the layers that its stage.json tells.
+
+    Returns:
+        Columns checkpoint, checked (what was compared, in words) and max_abs (which must be 0).
+    """
+    checks = []
+    for stage, layers in declared.items():
+        rows = measured.rows[measured.rows["stage"] == stage]
+        outside = rows[~rows["layer"].isin(layers)]
+        text = "changes of the adapter outside the layers that the stage declares"
+        checks.append((stage, text, float(outside["max_abs"].max()) if len(outside) else 0.0))
+    text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
+    checks.append((MERGED, text, measured.untouched_max))
+    return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return 0.0 if torch.equal(first, second) else float((first.double() - second.double()).abs().max())
+
+
+def _norm(values: torch.Tensor) -> float:
+    # float32 would lose digits over millions of entries
+    return float(sum(part.double().square().sum() for part in values.flatten().split(CHUNK))) ** 0.5
+
+
+def _kinds(base: Checkpoint, stack: str) -> list[str]:
+    stored = {kind for path in base.modules for layer, kind in [place(path, stack)] if layer != OUTSIDE}
+    ordered = [place(path, stack)[1] for path, _ in base.skeleton.named_modules()]
+    return [kind for kind in dict.fromkeys(ordered) if kind in stored]

@@ -1,0 +1,307 @@
+"""Pictures of the report as SVG text: the same bytes on every run, readable without colour.
+
+Every function returns one `<svg>` on a white ground. Text is drawn as paths, so that no label depends on the
+fonts of the reader. Hovering over a cell shows its numbers.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from analysis.deltas import cosines
+from analysis.skills import Change, score
+
+# Okabe and Ito's colours, which keep apart for every kind of colour vision; hatches serve print and grey.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
+HATCHES = ["", "//", "..", "\\\\", "xx", "--", "++"]
+GREY, INK, FAINT = "#c9c9c9", "#1f2328", "#666666"
+WIDTH = 10.5  # inches
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "strata",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 9.5,
+    "hatch.linewidth": 0.6,
+    "text.color": INK,
+}
+
+Tips = dict[str, str]
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share as a percentage of `digits` significant digits, such as `0.14 %`."""
+    if share == 0 or not math.isfinite(share):
+        return "0 %" if share == 0 else "–"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(100 * share))))
+    return f"{100 * share:.{places}f} %"
+
+
+@mpl.rc_context(STYLE)
+def heat_maps(cells: pd.DataFrame, names: list[str], titles: list[str], modules: list[str], layers: int) -> str:
+    """Relative change by layer and kind of module, one panel for each checkpoint, all on one layer axis.
+
+    Args:
+        cells: columns stage, layer, module, relative_change, floor; absent cells are hatched.
+        names: checkpoints, from top to bottom.
+        titles: of the panels.
+        modules: rows of every panel.
+        layers: how many layers the model has.
+    """
+    changed = cells.loc[cells["relative_change"] > 0, "relative_change"]
+    low, high = (changed.min(), changed.max()) if len(changed) else (1e-4, 1e-2)
+    norm = LogNorm(low / 1.05, high * 1.05)
+    colour = mpl.colormaps["cividis"]
+    tips: Tips = {}
+    figure = Figure((WIDTH, len(names) * (0.17 * len(modules) + 0.42) + 0.6), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for number, (axes, name, title) in enumerate(zip(panels, names, titles, strict=True)):
+        _layer_grid(axes, _short(modules), layers)
+        axes.set_title(title)
+        for row in cells[cells["stage"] == name].itertuples():
+            gid, line = f"h{number}_{row.layer}_{modules.index(row.module)}", modules.index(row.module)
+            _cell(axes, row.layer, line, colour(norm(row.relative_change)), gid)
+            lost = row.relative_change < row.floor
+            if lost:
+                axes.plot(row.layer, line, ".", color="white", markersize=3.5, mec=INK, mew=0.4)
+            tips[gid] = (
+                f"{name}, layer {row.layer}, {row.module}: moved by {percent(row.relative_change)} of its size;"
+                f" rounding the file alters {percent(row.floor)}"
+            )
+    panels[-1].set_xlabel("layer (0 is next to the input)")
+    bar = figure.colorbar(ScalarMappable(norm, colour), ax=list(panels), pad=0.01, aspect=40, fraction=0.03)
+    bar.ax.yaxis.set_major_locator(_log_ticks(low, high))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 1)))
+    bar.ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    bar.set_label("relative change  ‖Δ‖ / ‖W‖")
+    bar.outline.set_visible(False)
+    return _svg(figure, tips, "Relative change by layer and module")
+
+
+@mpl.rc_context(STYLE)
+def evaluation_matrix(
+    matrix: dict[str, Any], labels: dict[str, str], own: dict[str, str], changed: list[Change]
+) -> str:
+    """Models down, skills across: accuracy large, loss small, and an arrow where a skill got worse.
+
+    Args:
+        matrix: of reports/evaluation.json.
+        labels: a second line for the name of each model.
+        own: by stage, the skill that it was trained on; its cell is framed.
+        changed: skills before and after; those that are worse get an arrow.
+    """
+    models, skills = list(matrix), list(next(iter(matrix.values())))
+    worse = {(change.model, change.dataset): change for change in changed if change.worse}
+    colour, tips = mpl.colormaps["Blues"], {}
+    figure = Figure((max(7.0, 3.2 + 1.75 * len(skills)), 0.74 * len(models) + 0.75), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.5, len(skills) - 0.5), ylim=(len(models) - 0.5, -0.5))
+    for y, model in enumerate(models):
+        for x, skill in enumerate(skills):
+            cell, gid = matrix[model][skill], f"e{y}_{x}"
+            shade = 0.75 * cell["accuracy"] if "accuracy" in cell else 0.0
+            _cell(axes, x, y, colour(shade), gid)
+            ink = "white" if shade > 0.5 else INK
+            large = f"{100 * cell['accuracy']:.0f} %" if "accuracy" in cell else f"loss {cell['loss']:.2f}"
+            small = f"loss {cell['loss']:.2f}" if "accuracy" in cell else ""
+            if lost := worse.get((model, skill)):
+                large = f"▼ {large}"
+                small = f"{small}   was {score(lost.before, lost.measure)}"
+            axes.text(x, y - 0.1, large, ha="center", va="center", fontsize=13, color=ink, weight="bold")
+            axes.text(x, y + 0.26, small, ha="center", va="center", fontsize=8, color=ink)
+            tips[gid] = f"{model} on {skill}: {large}, {small}"
+            if own.get(model) == skill:
+                axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, ec="#D55E00", lw=2.2))
+    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    axes.set_yticks(range(len(models)), [f"{model}\n{labels[model]}".strip() for model in models])
+    axes.xaxis.tick_top()
+    _bare(axes)
+    return _svg(figure, tips, "Every model on every skill")
+
+
+@mpl.rc_context(STYLE)
+def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str], layers: int) -> str:
+    """Whether changes point the same way: all pairs over the whole model, and pairs of stages by layer.
+
+    Args:
+        gram: inner products over the whole model, [names, names].
+        grams: the same by layer.
+        names: stages, then `merged`.
+        layers: how many layers the model has.
+    """
+    norm, colour, tips = Normalize(-1, 1), mpl.colormaps["PuOr_r"], {}
+    count, whole = len(names), cosines(gram)
+    pairs = [(i, j) for i in range(count - 1) for j in range(i)]
+    side = 0.62 * count + 0.9
+    figure = Figure((WIDTH, max(side, 2.4)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[side, WIDTH - side - 0.5])
+    left.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal", title="whole model")
+    for i, j in np.ndindex(count, count):
+        value = whole[i, j]
+        _cell(left, j, i, colour(norm(value)) if np.isfinite(value) else "white", f"c{i}_{j}")
+        ink = "white" if abs(value) > 0.65 else INK
+        left.text(j, i, f"{value:+.2f}" if np.isfinite(value) else "–", ha="center", va="center", color=ink)
+        tips[f"c{i}_{j}"] = f"{names[i]} and {names[j]}: cosine {value:+.4f}"
+    left.set_xticks(range(count), names, rotation=35, ha="right")
+    left.set_yticks(range(count), names)
+    _bare(left)
+    _layer_grid(right, [f"{names[j]} – {names[i]}" for i, j in pairs], layers)
+    right.set(title="pairs of stages, by layer (hatched: not in the same layer)", xlabel="layer")
+    for line, (i, j) in enumerate(pairs):
+        for layer, inner in sorted(grams.items()):
+            value = cosines(inner)[i, j]
+            if layer >= 0 and np.isfinite(value):
+                _cell(right, layer, line, colour(norm(value)), f"p{line}_{layer}")
+                tips[f"p{line}_{layer}"] = f"{names[j]} and {names[i]}, layer {layer}: cosine {value:+.4f}"
+    return _svg(figure, tips, "Cosine between the changes of the stages and of the merge")
+
+
+@mpl.rc_context(STYLE)
+def whose_change(shares: pd.DataFrame, stages: list[str], layers: int) -> str:
+    """Share of the merged change that each stage explains, by layer, stacked; the rest is unexplained.
+
+    Args:
+        shares: columns layer, stage (or `unexplained`), survival, share.
+        stages: in the order of params.yaml.
+        layers: how many layers the model has.
+    """
+    table = shares.pivot(index="layer", columns="stage", values="share").reindex(range(layers))
+    tips: Tips = {}
+    above, below = np.zeros(layers), np.zeros(layers)
+    figure = Figure((WIDTH, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for name in [*(stage for stage in stages if stage in table), "unexplained"]:
+        heights = 100 * table[name].fillna(0).to_numpy()
+        rest = name == "unexplained"
+        place = 0 if rest else stages.index(name)
+        bars = axes.bar(
+            range(layers),
+            heights,
+            bottom=np.where(heights >= 0, above, below),
+            color=GREY if rest else COLOURS[place % len(COLOURS)],
+            hatch="" if rest else HATCHES[place % len(HATCHES)],
+            width=0.86,
+            edgecolor="white",
+            linewidth=0.4,
+            label=f"{name} (no stage)" if rest else name,
+        )
+        above, below = above + heights.clip(0), below + heights.clip(max=0)
+        for layer, bar in enumerate(bars):
+            gid = f"w{place if not rest else 'u'}_{layer}"
+            bar.set_gid(gid)
+            tips[gid] = f"layer {layer}: {heights[layer]:.1f} % of the merged change is {name}"
+    axes.set(xlabel="layer", ylabel="% of the merged change", xlim=(-0.6, layers - 0.4))
+    axes.set_ylim(min(0, below.min()), max(100, above.max()))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=2.4, handleheight=1.2)
+    return _svg(figure, tips, "Whose change is it, by layer of the merged file")
+
+
+@mpl.rc_context(STYLE)
+def floor_lines(cells: pd.DataFrame, layers: int) -> str:
+    """The merged model's relative change against what rounding to the file's dtype alters, by layer.
+
+    Args:
+        cells: of the merged model, columns layer, relative_change, floor.
+        layers: how many layers the model has.
+    """
+    table = cells.set_index("layer").reindex(range(layers))
+    change, floor = 100 * table["relative_change"], 100 * table["floor"]
+    figure = Figure((WIDTH, 2.7), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(range(layers), 0, floor, color=GREY, lw=0, step="mid")
+    axes.plot(range(layers), change, "o-", color=COLOURS[0], lw=1.6, ms=4)
+    axes.set(xlabel="layer", ylabel="% of the weights' size", xlim=(-0.6, layers - 0.4))
+    axes.set_ylim(0, 1.25 * np.nanmax([change.max(), floor.max(), 1e-9]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    head: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "weight": "bold"}
+    axes.text(0.01, 0.98, "●  change in the merged file", color=COLOURS[0], **head)
+    axes.text(0.34, 0.98, "■  lost or added by rounding", color=FAINT, **head)
+    return _svg(figure, {}, "Relative change and rounding floor of the merged model, by layer")
+
+
+@mpl.rc_context(STYLE)
+def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Training loss by step, one panel for each stage on one scale.
+
+    Args:
+        curves: by stage, the points of reports/train/NAME.curve.json.
+    """
+    columns = min(4, max(2, len(curves)))
+    lines = math.ceil(len(curves) / columns)
+    highest = max(point["loss"] for curve in curves.values() for point in curve)
+    figure = Figure((WIDTH, 2.2 * lines + 0.3), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for place, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=False)):
+        steps, losses = [point["step"] for point in curve], [point["loss"] for point in curve]
+        axes.plot(steps, losses, color=COLOURS[place % len(COLOURS)], lw=1.6)
+        axes.set(title=name, xlabel="step", ylim=(0, 1.1 * highest))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (0, 6), textcoords="offset points", ha="right")
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("loss (nats per token)")
+    return _svg(figure, {}, "Training loss of every stage")
+
+
+def _layer_grid(axes: Axes, rows: list[str], layers: int) -> None:
+    """Prepare a grid of rows by layers, hatched all over; cells that have a value are drawn on top."""
+    axes.set(xlim=(-0.5, layers - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5))
+    ground = Rectangle((-0.5, -0.5), layers, max(len(rows), 1), fc="#f4f4f4", ec="#cfcfcf", hatch="////", lw=0)
+    axes.add_patch(ground)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    _bare(axes)
+
+
+def _bare(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _cell(axes: Axes, x: float, y: float, colour: Any, gid: str) -> None:
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec="white", lw=0.6, gid=gid))
+
+
+def _short(modules: list[str]) -> list[str]:
+    """Last parts of the names, where these tell the modules apart."""
+    last = [module.rpartition(".")[2] for module in modules]
+    return last if len(set(last)) == len(last) else modules
+
+
+def _log_ticks(low: float, high: float) -> Any:
+    subs = [1, 3] if high / low > 5 else [1, 1.5, 2, 3, 4, 5, 7]
+    return mpl.ticker.LogLocator(subs=subs)
+
+
+def _svg(figure: Figure, tips: Tips, label: str) -> str:
+    """Draw `figure`; elements named in `tips` get a title, and no byte depends on the time or the machine's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+
+    def titled(match: re.Match[str]) -> str:
+        tip = tips.get(match[1])
+        return f"{match[0]}<title>{html.escape(tip)}</title>" if tip else match[0]
+
+    text = re.sub(r'<g id="(\w+)">', titled, text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

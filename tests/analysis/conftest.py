@@ -1,0 +1,105 @@
+"""A tiny project in a temporary folder: a base, three stages, a merge, and what the other stages report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages import params
+from stages.files import write_json
+from stages.layers import parse
+from stages.merge import merge_into
+from stages.methods import METHODS
+from stages.train import save_adapter
+from stages.weights.checkpoint import open_checkpoint, open_stages
+
+STAGES = {"sums": ("base", "lora", "0-1"), "names": ("sums", "dora", "1-2"), "prose": ("base", "full", "3")}
+
+
+class Project:
+    """The folder that the tests run in."""
+
+    def __init__(self) -> None:
+        self.params()
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+        model.to(torch.bfloat16).save_pretrained("checkpoints/base")
+        write_json(
+            Path("checkpoints/base/stage.json"), {"name": "base", "model": "tiny", "dtype": "bfloat16", "layers": 4}
+        )
+        for name in STAGES:
+            self.train(name)
+
+    def params(
+        self, merge: str = "method: task_arithmetic", dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)
+    ) -> None:
+        lines = ["base: {model: tiny}", "threads: 1", "datasets:"]
+        lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in STAGES]
+        lines += ["stages:"]
+        lines += [
+            f"  {name}: {{parent: {parent}, dataset: {name}, method: {method}, layers: {layers!r}, lr: 1.0e-3, steps: 2}}"
+            for name, (parent, method, layers) in STAGES.items()
+        ]
+        listed = ", ".join(f"{name}: {weight}" for name, weight in zip(STAGES, weights, strict=True) if weight)
+        lines += ["merge:", f"  {merge}", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
+        Path("params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def train(self, name: str, secretly: list[int] | None = None) -> None:
+        """Random changes in place of training; `secretly` in other layers than stage.json will tell."""
+        parent, method, layers = STAGES[name]
+        stage = METHODS[method](parent=parent, dataset=name, method=method, layers=layers, lr=1e-3, steps=2)
+        declared = parse(layers, 4)
+        checkpoint = open_checkpoint(parent, {})
+        model = LlamaForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
+        wrapped = get_peft_model(model, stage.adapter_config(checkpoint.base.skeleton, secretly or declared))
+        torch.manual_seed(len(name) + ord(name[0]))
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+        folder = Path("checkpoints") / name
+        save_adapter(wrapped, folder)
+        settings = {"lr": 1e-3, "steps": 2, "replay": 0.0}
+        record = {"name": name, "parent": parent, "dataset": name, "method": method, "layers": declared}
+        write_json(folder / "stage.json", record | {"settings": settings, "trained_parameters": 7})
+        curve = [{"stage": name, "step": step, "loss": 2.0 / step} for step in (1, 2)]
+        write_json(Path("reports/train") / f"{name}.curve.json", curve)
+        write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100}})
+
+    def merge(self) -> None:
+        settings = params.load()
+        base, stages = open_stages(sorted(settings.merge.weights))
+        Path("merged").mkdir(exist_ok=True)
+        merge_into(Path("merged/model.safetensors"), base, stages, settings.merge, {})
+
+    def evaluation(self, merged: float = 0.8, names_on_sums: float = 0.8) -> None:
+        """Every stage reaches 0.8 on its own skill; the two arguments are accuracies on `sums`."""
+        matrix = {model: {skill: {"loss": 1.0, "accuracy": 0.1} for skill in STAGES} for model in ["base", *STAGES]}
+        for name in STAGES:
+            matrix[name][name]["accuracy"] = 0.8
+        matrix["names"]["sums"]["accuracy"] = names_on_sums
+        matrix["merged"] = {skill: {"loss": 1.0, "accuracy": 0.8} for skill in STAGES}
+        matrix["merged"]["sums"]["accuracy"] = merged
+        kept = {
+            name: {
+                "dataset": name,
+                "measure": "accuracy",
+                "gain": 0.7,
+                "retention": (matrix["merged"][name]["accuracy"] - 0.1) / 0.7,
+            }
+            for name in STAGES
+        }
+        Path("reports/evaluation.json").write_text(json.dumps({"matrix": matrix, "retention": kept}), encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Project()

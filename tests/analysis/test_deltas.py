@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from analysis import deltas
+from stages import params
+from stages.files import MERGED
+from stages.weights.checkpoint import Checkpoint, open_stages
+
+ALL = ["sums", "names", "prose"]
+
+
+def measured():
+    settings = params.load()
+    base, stages = open_stages(ALL)
+    return deltas.measure(base, stages, Checkpoint(MERGED, "merged"), settings.merge)
+
+
+def dense(name):
+    """The whole delta of a stage, or of the merge, as one float64 array by tensor."""
+    base, stages = open_stages(ALL)
+    if name == "merged":
+        merged = load_file("merged/model.safetensors")
+        found = {key: merged[key].double() - base.stored(key).double() for key in merged}
+    else:
+        stage = stages[ALL.index(name)]
+        found = {
+            f"{path}.{parameter}": delta.double()
+            for path in sorted(stage.adapter.modules)
+            for parameter, delta in stage.delta(path).items()
+        }
+    return {key: delta for key, delta in found.items() if delta.any()}
+
+
+def stored(name):
+    return open_stages([])[0].stored(name)
+
+
+def norm(tensors):
+    return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
+
+
+def inner(first, second):
+    return sum(float((first[key] * second[key]).sum()) for key in first.keys() & second.keys())
+
+
+def test_relative_change_and_floor_are_those_of_dense_float64(project):
+    project.params(dtype="bfloat16")
+    project.merge()
+    result = measured()
+    whole = deltas.summarise(result.rows, ["stage"]).set_index("stage")
+    for name in [*ALL, "merged"]:
+        delta = dense(name)
+        size = norm(stored(key) for key in delta)
+        assert whole.loc[name, "relative_change"] == pytest.approx(norm(delta.values()) / size, rel=1e-6)
+        assert whole.loc[name, "max_abs"] == pytest.approx(max(float(d.abs().max()) for d in delta.values()), rel=1e-6)
+    sums = dense("sums")
+    errors = [(stored(key) + delta.float()).bfloat16().double() - stored(key) - delta for key, delta in sums.items()]
+    same = sum(int(((stored(key) + delta.float()).bfloat16() == stored(key)).sum()) for key, delta in sums.items())
+    assert whole.loc["sums", "floor"] == pytest.approx(norm(errors) / norm(stored(key) for key in sums), rel=1e-3)
+    assert whole.loc["sums", "floor_share"] == pytest.approx(norm(errors) / norm(sums.values()), rel=1e-3)
+    assert whole.loc["sums", "unchanged"] == same / sum(delta.numel() for delta in sums.values())
+
+
+def test_floor_of_the_merged_file_is_its_distance_to_the_exact_merge(project):
+    project.params(dtype="bfloat16")
+    project.merge()
+    whole = deltas.summarise(measured().rows, ["stage"]).set_index("stage")
+    exact = {}
+    for name in ALL:
+        for key, delta in dense(name).items():
+            exact[key] = exact.get(key, 0) + delta
+    merged = dense("merged")
+    errors = [merged.get(key, torch.zeros_like(total)) - total for key, total in exact.items()]
+    assert whole.loc["merged", "floor_share"] == pytest.approx(norm(errors) / norm(merged.values()), rel=1e-3)
+
+
+def test_one_layer_is_measured_alone(project):
+    project.merge()
+    table = deltas.summarise(measured().rows, ["stage", "layer"]).set_index(["stage", "layer"])
+    here = {key: delta for key, delta in dense("names").items() if ".layers.2." in key}
+    expected = norm(here.values()) / norm(stored(key) for key in here)
+    assert table.loc[("names", 2), "relative_change"] == pytest.approx(expected, rel=1e-6)
+    assert ("names", 0) not in table.index
+
+
+def test_cosines_are_those_of_dense_float64(project):
+    project.merge()
+    result = measured()
+    found = deltas.cosines(sum(result.grams.values()))
+    every = [dense(name) for name in [*ALL, "merged"]]
+    for i, first in enumerate(every):
+        for j, second in enumerate(every):
+            expected = inner(first, second) / (norm(first.values()) * norm(second.values()))
+            assert found[i, j] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(("weights", "expected"), [((1.0, 1.0, 1.0), [1, 1, 1]), ((0.5, 0.5, 0.25), [0.5, 0.5, 0.25])])
+def test_task_arithmetic_survives_with_its_weights(project, weights, expected):
+    project.params(weights=weights)
+    project.merge()
+    result = measured()
+    whole = deltas.survival(sum(result.grams.values()), result.names, ALL)
+    assert list(whole["survival"][:3]) == pytest.approx(expected, rel=1e-4)
+    assert whole["share"].sum() == pytest.approx(1)
+    assert whole["share"].iloc[-1] == pytest.approx(0, abs=1e-6)
+    layer = deltas.survival(result.grams[3], result.names, ALL)
+    assert list(layer["stage"]) == ["prose", "unexplained"]
+
+
+def test_average_of_two_keeps_half_of_each():
+    first, second = torch.randn(1000), torch.randn(1000)
+    gram = deltas.inner_products([first, second, (first + second) / 2])
+    assert list(deltas.survival(gram, ["a", "b", "merged"], ["a", "b"])["survival"][:2]) == pytest.approx([0.5, 0.5])
+
+
+def test_unexplained_is_what_no_stage_did():
+    stage, stranger = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    gram = deltas.inner_products([stage, stranger])
+    assert deltas.survival(gram, ["a", "merged"], ["a"])["share"].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_inner_products_are_exact_across_chunks(monkeypatch):
+    monkeypatch.setattr(deltas, "CHUNK", 7)
+    rows = [torch.randn(5, 9) for _ in range(3)]
+    flat = torch.stack(rows).double().reshape(3, -1).numpy()
+    np.testing.assert_allclose(deltas.inner_products(rows), flat @ flat.T, rtol=1e-12)
+
+
+def test_frozen_check_is_zero_when_all_kept_their_word(project):
+    for dtype in ("float32", "bfloat16", "float16"):
+        project.params(dtype=dtype)
+        project.merge()
+        assert (deltas.frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]})["max_abs"] == 0).all()
+
+
+def test_a_stage_that_trains_an_undeclared_layer_is_found(project):
+    project.train("prose", secretly=[2, 3])
+    project.merge()
+    found = deltas.frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]}).set_index("checkpoint")
+    expected = max(float(d.abs().max()) for key, d in dense("prose").items() if ".layers.2." in key)
+    assert found.loc["prose", "max_abs"] == pytest.approx(expected)
+    assert found.loc["sums", "max_abs"] == 0
+
+
+def test_a_merged_tensor_that_no_stage_changed_is_compared(project):
+    project.merge()
+    weights = load_file("merged/model.safetensors")
+    weights["model.embed_tokens.weight"][3, 5] += 0.5
+    save_file(weights, "merged/model.safetensors")
+    found = deltas.frozen_check(measured(), {"sums": [0, 1]}).set_index("checkpoint")
+    assert found.loc["merged", "max_abs"] == pytest.approx(0.5)
+
+
+def test_place_reads_layer_and_module():
+    assert deltas.place("model.layers.12.self_attn.q_proj", "model.layers") == (12, "self_attn.q_proj")
+    assert deltas.place("model.norm", "model.layers") == (deltas.OUTSIDE, "model.norm")

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from analysis import report
+from analysis.skills import is_worse
+from stages import params
+
+OUTPUTS = ["report.html", "evaluation.svg", "layers.svg", "layers.json", "metrics.json"]
+
+
+def headline():
+    return " ".join(report.headline(report.gather(params.load())))
+
+
+def test_a_second_run_writes_the_same_bytes(project):
+    project.params(dtype="bfloat16")
+    project.merge()
+    project.evaluation()
+    report.main()
+    first = [(Path("reports") / name).read_bytes() for name in OUTPUTS]
+    report.main()
+    assert [(Path("reports") / name).read_bytes() for name in OUTPUTS] == first
+
+
+def test_numbers_for_dvc_are_flat_and_finite(project):
+    project.merge()
+    project.evaluation(merged=0.45)
+    report.main()
+    metrics = json.loads(Path("reports/metrics.json").read_text())
+    assert metrics["frozen_check"] == 0
+    assert metrics["sums"]["survival"] == pytest.approx(1, rel=1e-4)
+    assert metrics["sums"]["retention"] == 0.5
+    assert metrics["sums"]["accuracy"] == 0.8
+    rows = json.loads(Path("reports/layers.json").read_text())
+    assert {row["layer"] for row in rows if row["stage"] == "names"} == {1, 2}
+    assert all(row["relative_change"] > row["floor"] >= 0 for row in rows)
+    for name in ("evaluation", "layers"):
+        ElementTree.fromstring((Path("reports") / f"{name}.svg").read_text())
+
+
+def test_headline_says_when_the_merge_lost_a_skill(project):
+    project.merge()
+    project.evaluation(merged=0.3)
+    assert "The merge lost part of what the stages had learned: most of sums from 80 % to 30 %" in headline()
+
+
+def test_headline_says_when_the_merge_lost_nothing(project):
+    project.merge()
+    project.evaluation(merged=0.78)
+    text = headline()
+    assert "The merge lost no skill" in text
+    assert "No later stage lowered" in text
+    assert report.guesses(report.gather(params.load())) == []
+
+
+def test_headline_says_when_a_later_stage_harmed_an_earlier_skill(project):
+    project.merge()
+    project.evaluation(names_on_sums=0.5)
+    assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline()
+    assert "names (layers 1)" in report.guesses(report.gather(params.load()))[0]
+
+
+def test_headline_says_when_a_frozen_layer_changed(project):
+    project.train("prose", secretly=[2, 3])
+    project.merge()
+    project.evaluation()
+    assert "Something changed that was declared untouched: see the check of prose" in headline()
+
+
+def test_a_stage_left_out_of_the_merge_is_reported(project):
+    project.params(weights=(1.0, 1.0, 0.0))
+    project.merge()
+    project.evaluation()
+    report.main()
+    assert "(not merged)" in Path("reports/report.html").read_text()
+    assert "survival" not in json.loads(Path("reports/metrics.json").read_text())["prose"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "measure", "worse"),
+    [
+        (0.8, 0.6, "accuracy", True),
+        (0.8, 0.75, "accuracy", False),
+        (1.0, 1.1, "loss", True),
+        (1.0, 1.04, "loss", False),
+    ],
+)
+def test_worse_means_more_than_chance(before, after, measure, worse):
+    assert is_worse(before, after, measure, questions=100) == worse

@@ -1,0 +1,188 @@
+"""Tiny random models and trained-looking stages, built in a temporary folder in the pipeline's own layout."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from stages import layers
+from stages.files import BASE, CHECKPOINTS, publish, sha256, write_json
+from stages.methods import METHODS
+from stages.train import save_adapter
+
+torch.set_num_threads(1)
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def _llama(tied: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **COMMON))
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama-tied": lambda: _llama(True),
+    "llama-untied": lambda: _llama(False),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, head_dim=8, **COMMON)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+        )
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder of its own, away from the repository's outputs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte up to 127; token 0 ends the text."""
+    vocabulary = {"<end>": 0} | {chr(i): i for i in range(1, 128)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
+    """Save a random model as checkpoints/base, in several files if `shards`."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture]().to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # gains of exactly 1 and biases of 0 would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            assert name
+    with publish(BASE) as folder:
+        model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
+        make_tokenizer().save_pretrained(folder)
+        record = {
+            "name": "base",
+            "model": architecture,
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": 4,
+            "sha256": sha256(sorted(folder.glob("*.safetensors"))),
+        }
+        write_json(folder / "stage.json", record)
+    return BASE
+
+
+def make_stage(
+    name: str, model: PreTrainedModel, method: str, chosen: str, parent: str = "base", size: float = 0.05, **keys
+) -> PeftModel:
+    """Put a method on `model`, move its trained parameters at random, and save checkpoints/NAME.
+
+    Returns:
+        The wrapped model; its `merge_and_unload` is PEFT's own answer to what the stage's weights are.
+    """
+    stage = METHODS[method](parent=parent, dataset="d", method=method, lr=1e-3, steps=1, layers=chosen, **keys)
+    numbers = layers.parse(chosen, 4)
+    torch.manual_seed(sum(map(ord, name)))
+    wrapped = get_peft_model(model, stage.adapter_config(model, numbers))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    with publish(CHECKPOINTS / name) as folder:
+        save_adapter(wrapped, folder)
+        record = {
+            "name": name,
+            "parent": parent,
+            "dataset": "d",
+            "method": method,
+            "layers": numbers,
+            "settings": {},
+            "trained_parameters": 1,
+            "sha256": sha256([folder / "adapter_model.safetensors"]),
+        }
+        write_json(folder / "stage.json", record)
+    return wrapped
+
+
+PARAMS = """\
+seed: 0
+threads: 1
+base:
+  model: model
+  dtype: float32
+datasets:
+  sums:
+    source: file
+    path: sums.jsonl
+    train: 40
+    eval: 10
+  words:
+    source: file
+    path: words.jsonl
+    eval: 10
+stages:
+  sums:
+    parent: base
+    dataset: sums
+    method: lora
+    layers: 0-1
+    rank: 4
+    lr: 1.0e-2
+    steps: 25
+    batch_size: 8
+  words:
+    parent: sums
+    dataset: words
+    method: ln
+    layers: last 2
+    lr: 1.0e-2
+    steps: 4
+    replay: 0.25
+merge:
+  method: task_arithmetic
+  weights:
+    sums: 1.0
+    words: 1.0
+  dtype: float32
+"""
+
+
+@pytest.fixture
+def project(workspace: Path) -> Path:
+    """A whole tiny project before its first run: params.yaml, a model folder, two datasets."""
+    make_base("llama-untied")
+    shutil.move(BASE, "model")
+    Path("model/stage.json").unlink()
+    Path("params.yaml").write_text(PARAMS)
+    sums = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    words = [{"prompt": f"say {a}{b}:", "completion": f"{b}{a}"} for a in "abcdef" for b in "ghijkl"]
+    for name, records in (("sums", sums), ("words", words)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return workspace
