@@ -119,7 +119,7 @@ def evaluation_matrix(
             cell, gid = matrix[model][skill], f"e{y}_{x}"
             shade = 0.75 * cell["accuracy"] if "accuracy" in cell else 0.0
             _cell(axes, x, y, colour(shade), gid)
-            ink = "white" if shade > 0.5 else INK
+            ink = "white" if shade > 0.55 else INK
             large = f"{100 * cell['accuracy']:.0f} %" if "accuracy" in cell else f"loss {cell['loss']:.2f}"
             small = f"loss {cell['loss']:.2f}" if "accuracy" in cell else ""
             if lost := worse.get((model, skill)):
@@ -169,7 +169,7 @@ def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str]
         for layer, inner in sorted(grams.items()):
             value = cosines(inner)[i, j]
             if layer >= 0 and np.isfinite(value):
-                _cell(right, layer, line, colour(norm(value)), f"p{line}_{layer}")
+                _cell(right, layer, line, colour(norm(value)), f"p{line}_{layer}", edge=FAINT)
                 tips[f"p{line}_{layer}"] = f"{names[j]} and {names[i]}, layer {layer}: cosine {value:+.4f}"
     return _svg(figure, tips, "Cosine between the changes of the stages and of the merge")
 
@@ -255,7 +255,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
         axes.plot(steps, losses, color=COLOURS[place % len(COLOURS)], lw=1.6)
         axes.set(title=name, xlabel="step", ylim=(0, 1.1 * highest))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (0, 6), textcoords="offset points", ha="right")
+        axes.text(1, 1, f"last {losses[-1]:.2f}", ha="right", va="bottom", transform=axes.transAxes)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("loss (nats per token)")
@@ -265,7 +265,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
 def _layer_grid(axes: Axes, rows: list[str], layers: int) -> None:
     """Prepare a grid of rows by layers, hatched all over; cells that have a value are drawn on top."""
     axes.set(xlim=(-0.5, layers - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5))
-    ground = Rectangle((-0.5, -0.5), layers, max(len(rows), 1), fc="#f4f4f4", ec="#cfcfcf", hatch="////", lw=0)
+    ground = Rectangle((-0.5, -0.5), layers, max(len(rows), 1), fc="#f2f2f2", ec="#c4c4c4", hatch="////", lw=0.1)
     axes.add_patch(ground)
     axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
@@ -277,8 +277,8 @@ def _bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _cell(axes: Axes, x: float, y: float, colour: Any, gid: str) -> None:
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec="white", lw=0.6, gid=gid))
+def _cell(axes: Axes, x: float, y: float, colour: Any, gid: str, edge: str = "white") -> None:
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=colour, ec=edge, lw=0.6, gid=gid))
 
 
 def _short(modules: list[str]) -> list[str]:
@@ -300,8 +300,8 @@ def _svg(figure: Figure, tips: Tips, label: str) -> str:
     text = text[text.index("<svg") :]
 
     def titled(match: re.Match[str]) -> str:
-        tip = tips.get(match[1])
-        return f"{match[0]}<title>{html.escape(tip)}</title>" if tip else match[0]
+        # An id would stand in the page once for every picture, and nothing refers to it.
+        return f"<g><title>{html.escape(tips[match[1]])}</title>" if match[1] in tips else "<g>"
 
     text = re.sub(r'<g id="(\w+)">', titled, text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -202,8 +202,16 @@ def cards(facts: Facts) -> list[dict[str, Any]]:
     violations = int((facts.frozen["max_abs"] != 0).sum())
     meaning = "they undo each other" if strongest < CONFLICT else "0 is unrelated, −1 undoes, +1 is the same"
     return [
-        {"number": f"{kept} of {len(merge)}", "text": "skills are as good after the merge", "warn": kept < len(merge)},
-        {"number": percent(share), "text": "of the change is rounding error in the file", "warn": share > ROUNDING},
+        {
+            "number": f"{kept} of {len(merge)}",
+            "text": "skills are not worse after the merge",
+            "warn": kept < len(merge),
+        },
+        {
+            "number": percent(share),
+            "text": "is the size of the rounding error in the file, against the change",
+            "warn": share > ROUNDING,
+        },
         {
             "number": f"{strongest:+.2f}",
             "text": f"strongest overlap of two stages; {meaning}",

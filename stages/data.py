@@ -142,12 +142,6 @@ def split(records: Iterator[Record], dataset: params.Dataset, where: str) -> tup
     return train, evaluation
 
 
-def load_split(name: str, part: str) -> list[Record]:
-    """Records of one split (`train` or `eval`) of dataset `name`, as the data stage left them."""
-    with (DATA / name / f"{part}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def _shuffled(records: Iterable[Record], seed: str) -> Iterator[Record]:
     """Shuffle, for files are often sorted and the eval split is taken from the front."""
     shuffled = list(records)

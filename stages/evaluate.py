@@ -12,11 +12,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import params
-from stages.data import load_split
 from stages.errors import run
 from stages.files import MERGED, REPORTS, write_json
 from stages.model import compute_dtype, load_model, load_tokenizer, supervised_losses
-from stages.records import Record, answer, encode, encode_question
+from stages.records import Record, answer, encode, encode_question, load_split
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, open_stages
 
 Cell = dict[str, float]

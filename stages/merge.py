@@ -59,12 +59,12 @@ def merge_into(
         path, _, parameter = name.rpartition(".")
         progress.update()
         deltas = {stage.name: stage.delta(path)[parameter] for stage in stages if path in stage.adapter.modules}
-        deltas = {stage: delta for stage, delta in deltas.items() if bool(delta.any())}
+        deltas = {stage: delta for stage, delta in deltas.items() if torch.linalg.vector_norm(delta) != 0}
         stored = base.stored(name)
         if not deltas:
             return stored.to(dtype) if stored.is_floating_point() else stored
         merged = merge_tensor(method, name, stored.float(), deltas, merge)
-        if not bool(merged.isfinite().all()):
+        if not torch.linalg.vector_norm(merged).isfinite():
             raise MistakeError(
                 f"checkpoints: the merge of {name} from {', '.join(deltas)} is not finite; lower the lr of that stage"
             )

@@ -7,10 +7,12 @@ A record is one of
 and may carry {"task": str, "entry": {...}} for a task that scores its own answers.
 """
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import MistakeError
+from stages.files import DATA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,12 @@ def answer(record: Record) -> str | None:
     if "messages" in record:
         return record["messages"][-1]["content"]
     return record.get("completion")
+
+
+def load_split(name: str, part: str) -> list[Record]:
+    """Records of one split (`train` or `eval`) of dataset `name`, as the data stage left them."""
+    with (DATA / name / f"{part}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from stages import layers, params
-from stages.data import load_split
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.methods.stage import Stage
 from stages.model import compute_dtype, load_model, load_tokenizer, supervised_losses
-from stages.records import Example, encode
+from stages.records import Example, encode, load_split
 from stages.resume import load_state, resume_folder, save_state
 from stages.weights.checkpoint import open_checkpoint
 

@@ -53,9 +53,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **COMMON)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, head_dim=8, **COMMON)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
-        )
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
     ),
 }
 

@@ -14,7 +14,7 @@ from stages.layers import parse
 from stages.merge import merge_into
 from stages.methods import METHODS
 from stages.train import save_adapter
-from stages.weights.checkpoint import open_checkpoint, open_stages
+from stages.weights.checkpoint import open_stages
 
 STAGES = {"sums": ("base", "lora", "0-1"), "names": ("sums", "dora", "1-2"), "prose": ("base", "full", "3")}
 
@@ -38,18 +38,15 @@ class Project:
         for name in STAGES:
             self.train(name)
 
-    def params(
-        self, merge: str = "method: task_arithmetic", dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)
-    ) -> None:
+    def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)) -> None:
         lines = ["base: {model: tiny}", "threads: 1", "datasets:"]
         lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in STAGES]
         lines += ["stages:"]
-        lines += [
-            f"  {name}: {{parent: {parent}, dataset: {name}, method: {method}, layers: {layers!r}, lr: 1.0e-3, steps: 2}}"
-            for name, (parent, method, layers) in STAGES.items()
-        ]
+        for name, (parent, method, layers) in STAGES.items():
+            settings = f"dataset: {name}, method: {method}, layers: {layers!r}, lr: 1.0e-3, steps: 2"
+            lines.append(f"  {name}: {{parent: {parent}, {settings}}}")
         listed = ", ".join(f"{name}: {weight}" for name, weight in zip(STAGES, weights, strict=True) if weight)
-        lines += ["merge:", f"  {merge}", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
+        lines += ["merge:", "  method: task_arithmetic", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
         Path("params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def train(self, name: str, secretly: list[int] | None = None) -> None:
@@ -57,9 +54,8 @@ class Project:
         parent, method, layers = STAGES[name]
         stage = METHODS[method](parent=parent, dataset=name, method=method, layers=layers, lr=1e-3, steps=2)
         declared = parse(layers, 4)
-        checkpoint = open_checkpoint(parent, {})
         model = LlamaForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
-        wrapped = get_peft_model(model, stage.adapter_config(checkpoint.base.skeleton, secretly or declared))
+        wrapped = get_peft_model(model, stage.adapter_config(model, secretly or declared))
         torch.manual_seed(len(name) + ord(name[0]))
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -87,15 +83,10 @@ class Project:
         matrix["names"]["sums"]["accuracy"] = names_on_sums
         matrix["merged"] = {skill: {"loss": 1.0, "accuracy": 0.8} for skill in STAGES}
         matrix["merged"]["sums"]["accuracy"] = merged
-        kept = {
-            name: {
-                "dataset": name,
-                "measure": "accuracy",
-                "gain": 0.7,
-                "retention": (matrix["merged"][name]["accuracy"] - 0.1) / 0.7,
-            }
-            for name in STAGES
-        }
+        kept = {}
+        for name in STAGES:
+            share = (matrix["merged"][name]["accuracy"] - 0.1) / 0.7
+            kept[name] = {"dataset": name, "measure": "accuracy", "gain": 0.7, "retention": share}
         Path("reports/evaluation.json").write_text(json.dumps({"matrix": matrix, "retention": kept}), encoding="utf-8")
 
 

@@ -79,6 +79,18 @@ def test_a_stage_left_out_of_the_merge_is_reported(project):
     assert "survival" not in json.loads(Path("reports/metrics.json").read_text())["prose"]
 
 
+def test_a_skill_without_answers_is_told_by_its_loss(project):
+    project.merge()
+    project.evaluation()
+    evaluation = json.loads(Path("reports/evaluation.json").read_text())
+    for model, loss in {"base": 3.0, "sums": 1.0, "names": 1.0, "prose": 3.0, "merged": 2.0}.items():
+        evaluation["matrix"][model]["sums"] = {"loss": loss}
+    evaluation["retention"]["sums"] |= {"measure": "loss", "gain": -2.0, "retention": 0.5}
+    Path("reports/evaluation.json").write_text(json.dumps(evaluation))
+    report.main()
+    assert "sums from a loss of 1.00 to 2.00" in headline()
+
+
 @pytest.mark.parametrize(
     ("before", "after", "measure", "worse"),
     [
