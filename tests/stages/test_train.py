@@ -1,0 +1,200 @@
+"""Training: gradients, frozen layers, replay, resume and reload, against plain torch where there is a truth."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from stages import base, data, params, train
+from stages.errors import MistakeError
+from stages.files import BASE, CHECKPOINTS, read_json, sha256
+from stages.methods import METHODS
+from stages.model import load_model
+from stages.records import Example
+from stages.weights.checkpoint import open_stages
+from tests.conftest import ARCHITECTURES, make_base
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_stage(method="lora", **keys):
+    settings = {"parent": "base", "dataset": "d", "lr": 1e-2, "steps": 6, "batch_size": 4, "layers": "1-2"}
+    return METHODS[method](method=method, **(settings | keys))
+
+
+def make_examples(count=12):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 20, (count,), generator=generator).tolist()
+    return [
+        Example(torch.randint(1, 128, (n,), generator=generator).tolist(), [i >= n // 2 for i in range(n)])
+        for n in lengths
+    ]
+
+
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def fit(model, stage, work, own=None):
+    work.mkdir(parents=True, exist_ok=True)
+    return train.fit(model, stage, own or make_examples(), [], 0, Accelerator(), work, "test")
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    make_base()
+    gradients = []
+    for size in (12, 5, 1):
+        torch.manual_seed(0)
+        model = train.put_on(make_stage(), fresh(), torch.float32)
+        loss, tokens = train.backward(model, make_examples(), size, 0, Accelerator())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert tokens == sum(len(example.ids) for example in make_examples())
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_as_transformers_has_it():
+    make_base()
+    model = fresh()
+    examples = make_examples(1)
+    labels = [i if learned else -100 for i, learned in zip(examples[0].ids, examples[0].supervised, strict=True)]
+    truth = model(input_ids=torch.tensor([examples[0].ids]), labels=torch.tensor([labels])).loss
+    model = train.put_on(make_stage(), model, torch.float32)
+    loss, _ = train.backward(model, examples, 1, 0, Accelerator())
+    assert loss == pytest.approx(float(truth), rel=1e-6)
+
+
+def test_full_on_a_layer_range_is_plain_unfreezing(workspace):
+    make_base("qwen3")
+    stage = make_stage("full", schedule="constant", warmup=0.0)
+    curve = fit(train.put_on(stage, fresh(), torch.float32), stage, workspace / "a")
+
+    plain = fresh().train()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(".1." in name or ".2." in name)
+    truth = fit(plain, stage, workspace / "b")
+
+    assert [point["loss"] for point in curve] == [point["loss"] for point in truth]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "ln"])
+def test_each_method_learns_saves_and_leaves_the_rest_alone(workspace, method, architecture):
+    make_base(architecture)
+    stage = make_stage(method, steps=12)
+    torch.manual_seed(0)
+    model = train.put_on(stage, fresh(), torch.float32)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    curve = fit(model, stage, workspace / "work", make_examples(4))
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".1." in name or ".2." in name for name in trained)
+
+    train.save_adapter(model, CHECKPOINTS / "one")
+    (CHECKPOINTS / "one" / "stage.json").write_text(json.dumps({"parent": "base"}))
+    _, (checkpoint,) = open_stages(["one"])
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        truth, found = model.eval()(ids).logits, load_model(checkpoint, torch.float32)(ids).logits
+    assert torch.allclose(found, truth, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "ln"])
+def test_small_steps_on_a_bfloat16_base_are_not_rounded_away(workspace, method):
+    make_base(dtype=torch.bfloat16)
+    stage = make_stage(method, lr=1e-5, warmup=0.0)
+    model = train.put_on(stage, fresh(), torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    fit(model, stage, workspace / "work")
+    moved = [float((p != before[name]).float().mean()) for name, p in model.named_parameters() if name in before]
+    assert min(moved) > 0.9
+
+
+def test_batches_replay_their_share_and_depend_on_their_number_alone():
+    own, others = make_examples(10), make_examples(6)
+    stage = make_stage(batch_size=4, replay=0.25, steps=30)
+    every = list(train.batches(own, others, stage, seed=3, start=0))
+    assert list(train.batches(own, others, stage, seed=3, start=17)) == every[17:]
+    first_pass = [example for batch in every[:10] for example in batch[:3]]
+    assert sorted(map(id, first_pass)) == sorted([id(e) for e in own] * 3)
+    assert all(batch[3] in others for batch in every)
+
+
+def test_stages_start_from_different_matrices():
+    seeds = {train.stage_seed(0, name) for name in ("a", "b")} | {train.stage_seed(1, "a")}
+    assert len(seeds) == 3
+
+
+def prepare(name="sums"):
+    base.main()
+    for dataset in params.load().datasets:
+        data.main(dataset)
+    return CHECKPOINTS / name / "adapter_model.safetensors"
+
+
+def test_a_stage_and_its_child_are_recorded_and_repeatable(project):
+    weights = prepare()
+    train.main("sums")
+    train.main("words")
+    first = {path: path.read_bytes() for path in sorted(CHECKPOINTS.rglob("*")) if path.is_file()}
+    child = read_json(CHECKPOINTS / "words" / "stage.json")
+    assert child["parent_sha256"] == read_json(CHECKPOINTS / "sums" / "stage.json")["sha256"]
+    assert set(child["dataset_sha256"]) == {"sums", "words"}
+    assert child["layers"] == [2, 3]
+    assert not list(Path(".dvc/tmp/resume").iterdir())
+    assert str(project) not in (CHECKPOINTS / "words" / "adapter_config.json").read_text()
+
+    train.main("sums")
+    train.main("words")
+
+    assert first == {path: path.read_bytes() for path in sorted(CHECKPOINTS.rglob("*")) if path.is_file()}
+    assert weights.exists()
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_bits(project):
+    content = Path("params.yaml").read_text().replace("steps: 25", "steps: 150")
+    Path("params.yaml").write_text(content.replace("rank: 4", "rank: 4\n    dropout: 0.1"))
+    weights = prepare()
+    train.main("sums")
+    truth = sha256([weights])
+    weights.unlink()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.train", "sums"]
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not weights.exists()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "0/150" not in done.stderr  # it did not start again
+    assert sha256([weights]) == truth
+
+
+def test_answers_that_never_fit_are_refused(project):
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    max_length: 2"))
+    prepare()
+    with pytest.raises(MistakeError, match=r"stages.sums.max_length 2 cuts off every answer"):
+        train.main("sums")
+
+
+def test_a_rate_that_explodes_is_refused_and_leaves_no_checkpoint(project):
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 1.0e-2", "lr: 1.0e30"))
+    weights = prepare()
+    with pytest.raises(MistakeError, match=r"stages.sums.lr 1e\+30 made the loss infinite"):
+        train.main("sums")
+    assert not weights.exists()
