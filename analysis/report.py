@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from analysis import figures
 from analysis.deltas import Measured, cosines, frozen_check, measure, summarise, survival
@@ -310,7 +309,7 @@ def page(facts: Facts, pictures: dict[str, str]) -> str:
         headline=headline(facts),
         guesses=guesses(facts),
         cards=cards(facts),
-        pictures={name: Markup(picture) for name, picture in pictures.items()},
+        pictures=pictures,
         skills=_skill_rows(facts),
         left=_left_rows(facts),
         unexplained=survival(facts.gram, facts.measured.names, facts.merged_stages).iloc[-1]["share"],

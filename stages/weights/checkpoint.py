@@ -164,7 +164,10 @@ def open_checkpoint(name: str, opened: dict[str, Checkpoint | VirtualCheckpoint]
         if name == "base":
             opened[name] = Checkpoint(BASE, name)
         else:
-            parent = read_json(CHECKPOINTS / name / "stage.json")["parent"]
+            record = CHECKPOINTS / name / "stage.json"
+            if not record.exists():
+                raise MistakeError(f"checkpoints/{name} holds no trained stage; run `dvc repro train@{name}`")
+            parent = read_json(record)["parent"]
             opened[name] = VirtualCheckpoint(name, open_checkpoint(parent, opened), CHECKPOINTS / name)
     return opened[name]
 
