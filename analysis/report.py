@@ -119,7 +119,7 @@ def headline(facts: Facts) -> list[str]:
     later = [change for change in facts.changed if change.model != "merged"]
     harmed = [change for change in later if change.worse]
     if harmed:
-        told = "; ".join(f"{change.model} took {_fell(change)}" for change in harmed)
+        told = "; ".join(f"{change.model} took {_went(change)}" for change in harmed)
         sentences.append(f"Later stages harmed earlier skills: {told}.")
     elif later:
         sentences.append("No later stage lowered an earlier skill by more than chance explains.")
@@ -143,7 +143,7 @@ def _learned(facts: Facts) -> str:
     return f"On the skill that it was trained on, {'; '.join(told)}."
 
 
-def _fell(change: Change) -> str:
+def _went(change: Change) -> str:
     unit = "" if change.measure == "accuracy" else "a loss of "
     return (
         f"{change.dataset} from {unit}{score(change.before, change.measure)} to {score(change.after, change.measure)}"
@@ -151,14 +151,15 @@ def _fell(change: Change) -> str:
 
 
 def _merge_sentence(facts: Facts) -> str:
-    lost = [change for change in facts.changed if change.model == "merged" and change.worse]
+    merge = [change for change in facts.changed if change.model == "merged"]
+    lost = [change for change in merge if change.worse]
     if not lost:
-        return "The merge lost no skill by more than chance explains."
+        return f"The merge lost no skill by more than chance explains: {'; '.join(map(_went, merge))}."
     told = []
     for change in lost:
         kept = facts.retention[change.stage]["retention"]
         extent = "most of " if kept is not None and kept < HALF else ""
-        told.append(f"{extent}{_fell(change)}")
+        told.append(f"{extent}{_went(change)}")
     return f"The merge lost part of what the stages had learned: {'; '.join(told)}."
 
 

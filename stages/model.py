@@ -1,5 +1,6 @@
 """A running model from a virtual checkpoint, and its logits at the tokens that count."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from stages.records import Example
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # between peft and transformers
 
 
 def compute_dtype() -> torch.dtype:

@@ -111,8 +111,8 @@ def load(path: Path = PARAMS) -> Params:
     content = _read(path)
     _known_keys(content, ["seed", "threads", "base", "datasets", "stages", "merge", "evaluate"], path, "")
     params = Params.model_construct(
-        seed=_value(content, "seed", Annotated[int, Field(ge=0)], 0, path),
-        threads=_value(content, "threads", Annotated[int, Field(gt=0)], 2, path),
+        seed=_value(content, "seed", Annotated[int, Field(ge=0)], path),
+        threads=_value(content, "threads", Annotated[int, Field(gt=0)], path),
         base=_settings(content, "base", Base, path),
         datasets={
             name: _choose(item, f"datasets.{name}", "source", SOURCES, path)
@@ -123,7 +123,7 @@ def load(path: Path = PARAMS) -> Params:
             for name, item in _named(content, "stages", path).items()
         },
         merge=_settings(content, "merge", Merge, path),
-        evaluate=_settings({"evaluate": {}} | content, "evaluate", Evaluate, path),
+        evaluate=_settings(content, "evaluate", Evaluate, path),
     )
     _check_references(params, path)
     if (BASE / "config.json").exists():
@@ -206,9 +206,11 @@ def _validate(item: dict[str, Any], where: str, cls: type[Settings], path: Path)
         raise MistakeError(_sentence(error, where, path)) from None
 
 
-def _value(content: dict[str, Any], key: str, kind: Any, default: Any, path: Path) -> Any:
+def _value(content: dict[str, Any], key: str, kind: Any, path: Path) -> Any:
+    if key not in content:
+        raise MistakeError(f"{path}: {key} is missing; add it")
     try:
-        return TypeAdapter(kind).validate_python(content.get(key, default), strict=True)
+        return TypeAdapter(kind).validate_python(content[key], strict=True)
     except ValidationError as error:
         raise MistakeError(_sentence(error, key, path)) from None
 

@@ -94,7 +94,7 @@ def put_on(stage: Stage, model: Any, dtype: torch.dtype) -> PeftModel:
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """
     config = stage.adapter_config(model, layers.parse(stage.layers, model.config.num_hidden_layers))
-    config.base_model_name_or_path = str(CHECKPOINTS / stage.parent)
+    model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
         if not parameter.requires_grad:
@@ -199,7 +199,7 @@ def backward(
             losses = supervised_losses(model, batch[start : start + micro_batch_size], pad)
         loss = losses.sum() / supervised
         accelerator.backward(loss)
-        total += float(loss)
+        total += float(loss.detach())
     return total, sum(len(example.ids) for example in batch)
 
 

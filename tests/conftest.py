@@ -1,12 +1,17 @@
 """Tiny random models and trained-looking stages, built in a temporary folder in the pipeline's own layout."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; no test needs the network
+
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -53,7 +58,18 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **COMMON)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, head_dim=8, **COMMON)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=128,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=0,
+            eos_token_id=0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
     ),
 }
 
@@ -63,6 +79,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test runs in an empty folder of its own, away from the repository's outputs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it outlives an Accelerator, precision and all
     return tmp_path
 
 
@@ -169,6 +186,8 @@ merge:
     sums: 1.0
     words: 1.0
   dtype: float32
+evaluate:
+  max_new_tokens: 4
 """
 
 

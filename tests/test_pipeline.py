@@ -116,5 +116,3 @@ def test_killed_in_the_middle_repro_ends_with_the_same_bits(clone):
 
     dvc("repro", "train@sums")
     assert sha256([weights]) == truth
-
-
