@@ -39,7 +39,7 @@ class Project:
             self.train(name)
 
     def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)) -> None:
-        lines = ["base: {model: tiny}", "threads: 1", "datasets:"]
+        lines = ["seed: 0", "threads: 1", "base: {model: tiny}", "evaluate: {batch_size: 8}", "datasets:"]
         lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in STAGES]
         lines += ["stages:"]
         for name, (parent, method, layers) in STAGES.items():
