@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from stages.files import BASE, read_json
 from stages.records import Example
-from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+from stages.weights.checkpoint import Weights
 
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # between peft and transformers
@@ -20,16 +20,22 @@ def compute_dtype() -> torch.dtype:
     return getattr(torch, read_json(BASE / "stage.json")["dtype"])
 
 
-def load_model(checkpoint: Checkpoint | VirtualCheckpoint, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(checkpoint: Weights, dtype: torch.dtype) -> PreTrainedModel:
     """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
-    folder = checkpoint.base.folder if isinstance(checkpoint, VirtualCheckpoint) else checkpoint.folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.no_grad():
-        for path in checkpoint.changed():
-            module = model.get_submodule(path)
-            for name, weight in checkpoint.module(path).items():
-                getattr(module, name).copy_(weight)
+    changed, base = checkpoint.changed(), checkpoint.base
+    untied = {"tie_word_embeddings": False} if base.untied_by(changed) else {}
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **untied)
+    set_weights(model, checkpoint, changed)
     return model.eval()
+
+
+@torch.no_grad()
+def set_weights(model: PreTrainedModel, checkpoint: Weights, modules: list[str]) -> None:
+    """Give these modules the checkpoint's effective weights, rounded once to the model's dtype."""
+    for path in modules:
+        module = model.get_submodule(path)
+        for name, weight in checkpoint.module(path).items():
+            getattr(module, name).copy_(weight)
 
 
 def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:

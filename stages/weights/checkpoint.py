@@ -6,26 +6,31 @@ adapter applied, in float32 whatever the files hold; its delta is the difference
 
 from __future__ import annotations
 
-import copy
-import re
-import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json
+from stages.weights.adapter import Adapter, Tensors
+from stages.weights.tensor_file import Specification, TensorFile
 
-Tensors = dict[str, torch.Tensor]
 
-# PEFT says this of every norm in LN-tuning, and norms are what LN-tuning is for.
-warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+class Weights(Protocol):
+    """What a model can be loaded from: a checkpoint, virtual or not, or a merge."""
+
+    name: str
+    base: Checkpoint
+
+    def module(self, path: str) -> Tensors:
+        """Effective parameters of module `path`, in float32."""
+
+    def changed(self) -> list[str]:
+        """Modules that may differ from the base's."""
 
 
 class Checkpoint:
@@ -37,9 +42,9 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-        self._where = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
+        self.folder, self.name, self.base = folder, name, self
+        files = [TensorFile(path) for path in sorted(folder.glob("model*.safetensors"))]
+        self._where = {key: file for file in files for key in file}
         if not self._where:
             raise MistakeError(f"{folder} holds no .safetensors file; run `dvc repro`")
 
@@ -58,22 +63,44 @@ class Checkpoint:
             modules.setdefault(module, []).append(parameter)
         return modules
 
-    def stored(self, name: str) -> torch.Tensor:
-        """One tensor as the file holds it.
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Modules that are not stored because they share a weight, such as `{"lm_head": "model.embed_tokens"}`."""
+        pairs = self.skeleton.all_tied_weights_keys.items()
+        return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if head not in self._where}
+
+    def untied_by(self, changed: Iterable[str]) -> set[str]:
+        """Tied modules that need a weight of their own once these modules change."""
+        paths = set(changed)
+        return {head for head, source in self.tied.items() if paths & {head, source}}
+
+    def file(self, name: str) -> tuple[TensorFile, str]:
+        """Where a tensor is stored, and under what name: a tied head has the embedding's.
 
         Raises:
             KeyError: no tensor of that name.
         """
-        return self._where[name].get_tensor(name)
+        if name not in self._where:
+            name = self.skeleton.all_tied_weights_keys[name]
+        return self._where[name], name
 
-    def specification(self, name: str) -> tuple[list[int], str]:
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor as the file holds it."""
+        file, stored = self.file(name)
+        return file.read(stored)
+
+    def specification(self, name: str) -> Specification:
         """Shape and safetensors dtype (such as `BF16`) of one tensor, read from the header alone."""
-        view = self._where[name].get_slice(name)
-        return view.get_shape(), view.get_dtype()
+        file, stored = self.file(name)
+        return file.specification(stored)
+
+    def parameters(self, path: str) -> list[str]:
+        """Names of the parameters of module `path`, such as `["weight"]`."""
+        return self.modules.get(path) or self.modules[self.tied[path]]
 
     def module(self, path: str) -> Tensors:
-        """Parameters stored under module `path`, in float32."""
-        return {parameter: self.stored(f"{path}.{parameter}").float() for parameter in self.modules[path]}
+        """Parameters of module `path`, in float32."""
+        return {parameter: self.stored(f"{path}.{parameter}").float() for parameter in self.parameters(path)}
 
     def changed(self) -> list[str]:
         """Modules that differ from the file's: none here, a stage's lineage in a virtual checkpoint."""
@@ -94,7 +121,7 @@ class VirtualCheckpoint:
     def __init__(self, name: str, parent: Checkpoint | VirtualCheckpoint, folder: Path) -> None:
         self.name, self.parent, self.folder = name, parent, folder
         self.base: Checkpoint = parent.base if isinstance(parent, VirtualCheckpoint) else parent
-        self.adapter = Adapter(folder, self.base)
+        self.adapter = Adapter(folder, self.base.skeleton)
         self._last: tuple[str, Tensors] = ("", {})
 
     def module(self, path: str) -> Tensors:
@@ -109,53 +136,22 @@ class VirtualCheckpoint:
 
     def delta(self, path: str) -> Tensors:
         """What this stage itself changed in module `path`: effective minus the parent's, in float32."""
-        if path not in self.adapter.modules:
-            return {parameter: torch.zeros_like(weight) for parameter, weight in self.parent.module(path).items()}
         before = self.parent.module(path)
+        if path not in self.adapter.modules:
+            return {parameter: torch.zeros_like(weight) for parameter, weight in before.items()}
         return {parameter: weight - before[parameter] for parameter, weight in self.module(path).items()}
 
+    def alone(self, path: str) -> Tensors:
+        """Parameters of module `path` as if this stage stood on the base: the base's plus its own delta, in float32."""
+        if self.parent is self.base:
+            return self.module(path)
+        base = self.base.module(path)
+        return {parameter: base[parameter] + delta for parameter, delta in self.delta(path).items()}
+
     def changed(self) -> list[str]:
-        """Modules that this stage or one of its ancestors adapts."""
-        return sorted({*self.parent.changed(), *self.adapter.modules})
-
-
-class Adapter:
-    """A PEFT adapter, merged into one module at a time.
-
-    Each module is rebuilt alone in an otherwise empty tree, the adapter is injected there and PEFT itself
-    merges it. The result is bit-identical to `merge_and_unload` on the whole model, without the model.
-    """
-
-    def __init__(self, folder: Path, base: Checkpoint) -> None:
-        self.base = base
-        self.config = PeftConfig.from_pretrained(str(folder))
-        self.config.inference_mode = True
-        self.config.task_type = None
-        self._file = safe_open(folder / "adapter_model.safetensors", framework="pt")
-        self._keys = {key.removeprefix("base_model.model."): key for key in self._file.keys()}  # noqa: SIM118
-        targets = re.compile(self.config.target_modules)
-        self.modules = {name for name, _ in base.skeleton.named_modules() if targets.fullmatch(name)}
-
-    @torch.no_grad()
-    def apply(self, path: str, weights: Tensors) -> Tensors:
-        """Parameters of module `path` after the merge, given those before it; dtype and shapes are kept."""
-        tree = nn.Module()
-        module = copy.deepcopy(self.base.skeleton.get_submodule(path))
-        module.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
-        *parents, last = path.split(".")
-        leaf = tree
-        for part in parents:
-            leaf.add_module(part, nn.Module())
-            leaf = leaf.get_submodule(part)
-        leaf.add_module(last, module)
-        inject_adapter_in_model(self.config, tree)
-        state = {name: self._file.get_tensor(key) for name, key in self._keys.items() if name.startswith(f"{path}.")}
-        set_peft_model_state_dict(tree, state)
-        layer = tree.get_submodule(path)
-        assert isinstance(layer, BaseTunerLayer)
-        layer.merge()
-        merged = layer.get_base_layer()
-        return {name: getattr(merged, name).detach() for name in weights}
+        """Modules that this stage or one of its ancestors adapts, and tied ones that this unties."""
+        paths = {*self.parent.changed(), *self.adapter.modules}
+        return sorted(paths | self.base.untied_by(paths))
 
 
 def open_checkpoint(name: str, opened: dict[str, Checkpoint | VirtualCheckpoint]) -> Checkpoint | VirtualCheckpoint:

@@ -1,66 +1,90 @@
-"""Write one safetensors file tensor by tensor, with one tensor in memory at a time.
+"""Write one safetensors file tensor by tensor, in any order and from several processes.
 
 The format (huggingface.co/docs/safetensors) puts every shape and offset before the data, and the library's
 own `save_file` therefore wants all tensors at once. Shapes and dtypes of a merge are known beforehand, so
-the header is written first and the tensors follow in its order.
+the header is written first and each tensor goes to its place when it is ready.
 """
 
 import json
-import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-SIZES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from stages.errors import MistakeError
+from stages.weights.tensor_file import NAMES, Specification, size
 
-Specification = tuple[list[int], str]  # shape, safetensors dtype
+
+class SingleFile:
+    """A safetensors file being written; make it with `single_file`."""
+
+    def __init__(self, descriptor: int, specifications: dict[str, Specification], metadata: dict[str, str]) -> None:
+        self._descriptor, self._specifications = descriptor, specifications
+        self._offsets: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+        end = 0
+        for name in order(specifications):
+            shape, dtype = specifications[name]
+            start, end = end, end + size(specifications[name])
+            self._offsets[name] = start
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        self._start = 8 + len(text)
+        # Claim the room now: a disk that is too small is told before an hour of merging, not after.
+        os.posix_fallocate(descriptor, 0, self._start + end)
+        os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """Write one tensor.
+
+        Raises:
+            ValueError: its shape or dtype differs from its specification.
+        """
+        if (list(values.shape), NAMES[values.dtype]) != tuple(self._specifications[name]):
+            raise ValueError(f"{name} is {list(values.shape)} {values.dtype}, expected {self._specifications[name]}")
+        self.put_pieces(name, [values])
+
+    def put_pieces(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Write one tensor as the pieces that follow each other in memory, of its dtype."""
+        offset = self._start + self._offsets[name]
+        for piece in pieces:
+            view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
 
 
 def order(specifications: dict[str, Specification]) -> list[str]:
     """Tensor names in the order of the file: widest dtype first, so that every tensor is aligned, then by name."""
-    return sorted(specifications, key=lambda name: (-SIZES[specifications[name][1]], name))
+    return sorted(specifications, key=lambda name: (-size(([], specifications[name][1])), name))
 
 
-def write_single_file(
-    path: Path,
-    specifications: dict[str, Specification],
-    tensor: Callable[[str], torch.Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """Write `path` in one step: a failure or a kill leaves nothing under that name.
+@contextmanager
+def single_file(path: Path, specifications: dict[str, Specification], metadata: dict[str, str]) -> Iterator[SingleFile]:
+    """Yield a file to put every tensor into; it gets its name when the block ends, and after an error never.
 
     Args:
         path: the .safetensors file.
         specifications: shape and dtype of each tensor.
-        tensor: called once for each name, in the order of `order`.
         metadata: the file's `__metadata__`.
 
     Raises:
-        ValueError: a tensor's shape or size differs from its specification.
+        MistakeError: it cannot be written, as on a full disk.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order(specifications):
-        shape, dtype = specifications[name]
-        end = offset + math.prod(shape) * SIZES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order(specifications):
-            shape, dtype = specifications[name]
-            values = tensor(name).contiguous()
-            data = values.reshape(-1).view(torch.uint8).numpy()
-            if list(values.shape) != shape or data.nbytes != math.prod(shape) * SIZES[dtype]:
-                raise ValueError(f"{name} is {list(values.shape)} {values.dtype}, expected {shape} {dtype}")
-            file.write(data.data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield SingleFile(file.fileno(), specifications, metadata)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        gigabytes = sum(map(size, specifications.values())) / 1e9
+        raise MistakeError(
+            f"{path} cannot be written ({error.strerror}); it needs {gigabytes:.2f} GB on a disk that is writable"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,11 @@
 """Virtual checkpoints against PEFT's own merge of the whole model, and the single-file writer."""
 
 import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS
 from stages.weights.checkpoint import Checkpoint, open_stages
-from stages.weights.single_file import write_single_file
+from stages.weights.single_file import single_file
+from stages.weights.tensor_file import TensorFile
 from tests.conftest import ARCHITECTURES, make_base, make_stage
 
 
@@ -78,7 +85,9 @@ def test_the_single_file_holds_what_it_was_given(workspace):
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
     specifications = {name: (list(t.shape), names[t.dtype]) for name, t in tensors.items()}
 
-    write_single_file(workspace / "x.safetensors", specifications, tensors.__getitem__, {"format": "pt", "who": "me"})
+    with single_file(workspace / "x.safetensors", specifications, {"format": "pt", "who": "me"}) as file:
+        for name in ("ids", "a.weight", "empty", "b.weight"):
+            file.put(name, tensors[name])
 
     read = load_file(workspace / "x.safetensors")
     assert set(read) == set(tensors)
@@ -88,9 +97,70 @@ def test_the_single_file_holds_what_it_was_given(workspace):
 
 
 def test_a_failed_write_leaves_no_file(workspace):
-    with pytest.raises(ValueError, match="expected"):
-        write_single_file(workspace / "x.safetensors", {"a": ([2], "F32")}, lambda _: torch.zeros(3), {})
-    assert not (workspace / "x.safetensors").exists()
+    with (
+        pytest.raises(ValueError, match="expected"),
+        single_file(Path("x.safetensors"), {"a": ([2], "F32")}, {}) as file,
+    ):
+        file.put("a", torch.zeros(3))
+    assert not list(workspace.glob("x*"))
+
+
+def test_a_full_disk_is_told_before_the_work_and_leaves_no_file(workspace):
+    """The limit on file size stands in for the disk: the kernel refuses the room in the same call."""
+    code = """
+import resource, torch
+from pathlib import Path
+from stages.errors import run
+from stages.weights.single_file import single_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+def main():
+    with single_file(Path("x.safetensors"), {"a": ([1000], "F32")}, {}):
+        print("the work has begun")
+run(main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "error: x.safetensors cannot be written (File too large); it needs 0.00 GB on a disk that is writable\n"
+    )
+    assert not list(workspace.glob("x*"))
+
+
+def header(entries, length=None):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}) + bytes(12),
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, length=1 << 40) + bytes(4),
+        header(
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+            }
+        )
+        + bytes(12),
+        header({"a": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 4]}}) + bytes(4),
+        b"",
+    ],
+    ids=["truncated", "header beyond the file", "overlapping", "overflowing shape", "empty"],
+)
+def test_a_truncated_or_hostile_file_is_refused_in_one_sentence(workspace, content):
+    Path("x.safetensors").write_bytes(content)
+    with pytest.raises(MistakeError, match=r"^x.safetensors is not a whole safetensors file \(.*\); delete it"):
+        TensorFile(Path("x.safetensors"))
+
+
+def test_pieces_are_the_tensor(monkeypatch):
+    monkeypatch.setattr("stages.weights.tensor_file.PIECE", 64)
+    make_base("llama-untied", torch.bfloat16)
+    file, name = Checkpoint(BASE, "base").file("lm_head.weight")
+    assert torch.equal(torch.cat(list(file.pieces(name))), file.read(name).flatten())
+    assert torch.equal(file.read(name), load_file(BASE / "model.safetensors")[name])
 
 
 def test_header_is_read_without_the_tensors():
