@@ -1,0 +1,79 @@
+"""What the methods that work on singular values share."""
+
+import torch
+from mergekit.merge_methods import (
+    BasePolicy,
+    InputContract,
+    MergeMethod,
+    PerInputValues,
+    TensorGroup,
+    register,
+    registered_methods,
+)
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
+
+
+def register_once(method: MergeMethod) -> MergeMethod:
+    """Register a method with mergekit, which refuses a name it has: a module loaded again keeps the first."""
+    if method.spec.name not in {known.spec.name for known in registered_methods()}:
+        register(method)
+    return method
+
+
+def weighted_deltas(group: TensorGroup, weight: PerInputValues[float]) -> list[Tensor]:
+    """Each stage's weight times what it changed: model − base, float32, of the base's shape."""
+    base = group.base.tensor.float()
+    return [weight[entry.id] * (entry.tensor.float() - base) for entry in group.non_base]
+
+
+def onto_base(group: TensorGroup, delta: Tensor) -> Tensor:
+    """The base plus the merged delta, any shape of as many elements, in the base's shape and dtype."""
+    base = group.base.tensor
+    return (base.float() + delta.reshape(base.shape)).to(base.dtype)
+
+
+def average(deltas: list[Tensor]) -> Tensor:
+    """The mean of the deltas, of their shape: what TSV-M's and Iso's authors do with all that is no matrix."""
+    return torch.stack(deltas).mean(0)
+
+
+def as_matrix(delta: Tensor) -> Tensor:
+    """A tensor of any rank as [out, in]: a vector is one row, the last axes of a convolution are flattened."""
+    return delta.reshape(1, -1) if delta.dim() < 2 else delta.flatten(1)
+
+
+def noise_floor(matrix: Tensor) -> Tensor:
+    """The norm, a scalar in the matrix's units, below which a projection of it may be float32 rounding."""
+    return max(matrix.shape) * EPS * torch.linalg.matrix_norm(matrix)
+
+
+def thin_svd(matrix: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition without the directions of numerically zero singular values.
+
+    Those directions are arbitrary: a LoRA delta of rank 16 has 16 that mean something, whatever its shape.
+
+    Args:
+        matrix: [m, n], float32.
+        floor: singular values up to here are zero; by default max(m, n)·eps times the largest.
+
+    Returns:
+        u [m, k], s [k] in descending order, vh [k, n]; k is 0 for a matrix of zeros.
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    keep = s > (max(matrix.shape) * EPS * s[:1] if floor is None else floor)
+    return u[:, keep], s[keep], vh[keep]
+
+
+def polar_factor(vectors: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns (or rows), of the same shape (orthogonal Procrustes).
+
+    Where the vectors are linearly dependent it is the nearest partial isometry, which spans nothing that they do
+    not span. The singular values of concatenated orthonormal vectors are about 1; those below √eps are the
+    rounding of vectors that two stages share.
+    """
+    u, s, vh = torch.linalg.svd(vectors, full_matrices=False)
+    keep = s > EPS**0.5
+    return u[:, keep] @ vh[keep]
