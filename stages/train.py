@@ -24,8 +24,9 @@ from transformers import get_scheduler
 from stages import layers, params
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
-from stages.methods.stage import Stage
+from stages.methods.stage import Stage, Training
 from stages.model import compute_dtype, load_model, load_tokenizer, supervised_losses
+from stages.outside import take
 from stages.records import Example, encode, load_split
 from stages.resume import load_state, resume_folder, save_state
 from stages.weights.checkpoint import open_checkpoint
@@ -36,20 +37,23 @@ SAVE_EVERY = 10  # steps; a state is a few times the adapter, so saving costs li
 def main(name: str) -> None:
     """Train stage `name` and publish its checkpoint and loss curve."""
     settings = params.load()
-    stage = settings.stages[name]
+    stage = find(name, settings)
+    if not isinstance(stage, Training):
+        write_reports(name, {"trained_parameters": take(name, settings)}, [])
+        return
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # One seed for all stages would give them the same A matrices, which looks like agreement.
     seed = stage_seed(settings.seed, name)
     set_seed(seed)
-    record = describe(name, settings, seed)
+    record = describe(name, stage, settings, seed)
     code = sha256(sorted(Path("stages").rglob("*.py")))
     with resume_folder(record | {"code": code}) as work:
         dtype = compute_dtype()
         accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         model = put_on(stage, load_model(open_checkpoint(stage.parent, {}), torch.float32), dtype)
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        own, replayed, cut = examples(settings, name)
+        own, replayed, cut = examples(settings, name, stage)
         model = accelerator.prepare(model)
         curve = fit(model, stage, own, replayed, seed, accelerator, work, title=name)
         with publish(CHECKPOINTS / name) as folder:
@@ -59,14 +63,20 @@ def main(name: str) -> None:
         write_reports(name, record, curve, cut)
 
 
+def find(name: str, settings: params.Params) -> Stage:
+    """The stage of that name, or a MistakeError that lists the known ones."""
+    if name not in settings.stages:
+        raise MistakeError(f"params.yaml: stages has no {name!r}; it has {', '.join(settings.stages)}")
+    return settings.stages[name]
+
+
 def stage_seed(seed: int, name: str) -> int:
     """A seed of its own for every stage, from the global seed and the stage's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def describe(name: str, settings: params.Params, seed: int) -> dict[str, Any]:
+def describe(name: str, stage: Training, settings: params.Params, seed: int) -> dict[str, Any]:
     """What stage.json tells before training: lineage, data, layers, seed, versions."""
-    stage = settings.stages[name]
     parent = read_json(CHECKPOINTS / stage.parent / "stage.json")
     num_layers = read_json(BASE / "stage.json")["layers"]
     datasets = [
@@ -88,7 +98,7 @@ def describe(name: str, settings: params.Params, seed: int) -> dict[str, Any]:
     }
 
 
-def put_on(stage: Stage, model: Any, dtype: torch.dtype) -> PeftModel:
+def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     """Wrap the float32 model in the stage's adapter, then hold what is frozen in `dtype`.
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
@@ -102,9 +112,8 @@ def put_on(stage: Stage, model: Any, dtype: torch.dtype) -> PeftModel:
     return wrapped.train()
 
 
-def examples(settings: params.Params, name: str) -> tuple[list[Example], list[Example], int]:
+def examples(settings: params.Params, name: str, stage: Training) -> tuple[list[Example], list[Example], int]:
     """The stage's own examples, those of its ancestors if it replays, and how many were cut to max_length."""
-    stage = settings.stages[name]
     tokenizer = load_tokenizer()
 
     def encoded(dataset: str) -> list[Example]:
@@ -126,7 +135,7 @@ def examples(settings: params.Params, name: str) -> tuple[list[Example], list[Ex
 
 
 def batches(
-    own: list[Example], replayed: list[Example], stage: Stage, seed: int, start: int
+    own: list[Example], replayed: list[Example], stage: Training, seed: int, start: int
 ) -> Iterator[list[Example]]:
     """Batches of steps `start`, `start`+1, …: each a function of the seed and its number alone."""
     share = round(stage.batch_size * stage.replay) if replayed else 0
@@ -145,7 +154,7 @@ def _draw(population: int, count: int, step: int, seed: int) -> list[int]:
 
 def fit(
     model: Any,
-    stage: Stage,
+    stage: Training,
     own: list[Example],
     replayed: list[Example],
     seed: int,
@@ -209,16 +218,16 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def write_reports(name: str, record: dict[str, Any], curve: list[dict[str, float]], cut: int) -> None:
+def write_reports(name: str, record: dict[str, Any], curve: list[dict[str, float]], cut: int = 0) -> None:
     """Loss curve for `dvc plots` and a few numbers for `dvc metrics`; no times, so that a rerun is identical."""
-    last = curve[-10:]
     metrics = {
-        "loss": round(sum(point["loss"] for point in last) / len(last), 4),
         "steps": len(curve),
         "tokens": sum(int(point["tokens"]) for point in curve),
         "trained_parameters": record["trained_parameters"],
         "cut_examples": cut,
     }
+    if last := curve[-10:]:  # an imported adapter was trained elsewhere
+        metrics = {"loss": round(sum(point["loss"] for point in last) / len(last), 4)} | metrics
     write_json(REPORTS / "train" / f"{name}.json", {name: metrics})
     points = [{"stage": name, "step": point["step"], "loss": round(point["loss"], 5)} for point in curve]
     write_text(REPORTS / "train" / f"{name}.curve.json", json.dumps(points, indent=1) + "\n")
@@ -252,4 +261,4 @@ def _restore(work: Path, trained: dict[str, Any], optimizer: Any, schedule: Any)
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main, *(sys.argv[1:2] or [""]))

@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.layers import exactly, norm_modules, parameter_modules
-from stages.methods.stage import Stage
+from stages.methods.stage import Training
 
 if TYPE_CHECKING:
     from peft import LNTuningConfig
     from transformers import PreTrainedModel
 
 
-class Full(Stage):
+class Full(Training):
     """Every weight, bias and norm of the chosen layers."""
 
     method: Literal["full"]
@@ -29,7 +29,7 @@ class Full(Stage):
         return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(parameter_modules(model, layers)))
 
 
-class LayerNorm(Stage):
+class LayerNorm(Training):
     """The gains (and biases) of the normalisations of the chosen layers."""
 
     method: Literal["ln"]

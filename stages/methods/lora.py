@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from stages.layers import exactly, linear_modules
-from stages.methods.stage import Share, Stage
+from stages.methods.stage import Share, Training
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
 
-class Lora(Stage):
+class Lora(Training):
     """W' = W + (alpha/rank)·B·A, with A [rank, in] and B [out, rank] trained in float32."""
 
     use_dora: ClassVar[bool] = False

@@ -21,8 +21,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Stage(Settings, ABC):
-    """One post-training step; a method adds its own keys and says how it is put on the model.
+class Stage(Settings):
+    """One post-training step: what it starts from, and the dataset that shows its skill.
 
     Methods import torch and peft when they are used, not at the top: params.yaml is read by every
     stage of the pipeline, and most of them need neither.
@@ -32,6 +32,24 @@ class Stage(Settings, ABC):
     dataset: str
     method: str
     layers: str = "all"
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of `method` that selects this class."""
+        return str(get_args(cls.model_fields["method"].annotation)[0])
+
+    @classmethod
+    def methods(cls) -> Iterator[type[Stage]]:
+        """Every class below this one that names a method."""
+        for subclass in cls.__subclasses__():
+            if subclass.model_fields["method"].annotation is not str:
+                yield subclass
+            yield from subclass.methods()
+
+
+class Training(Stage, ABC):
+    """A stage that is trained here; a method adds its own keys and says how it is put on the model."""
+
     lr: float = Field(gt=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(default=16, gt=0)
@@ -46,16 +64,3 @@ class Stage(Settings, ABC):
     @abstractmethod
     def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> PeftConfig:
         """PEFT configuration that trains this method on `layers` of `model` and nothing else."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The value of `method` that selects this class."""
-        return str(get_args(cls.model_fields["method"].annotation)[0])
-
-    @classmethod
-    def methods(cls) -> Iterator[type[Stage]]:
-        """Every class below this one that names a method."""
-        for subclass in cls.__subclasses__():
-            if subclass.model_fields["method"].annotation is not str:
-                yield subclass
-            yield from subclass.methods()
