@@ -6,20 +6,17 @@ ratios. Inner products are summed in float64; they give cosines and survival wit
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 
-from stages.layers import layer_stack
-from stages.merging.kernels import find_method, merge_tensor
-from stages.params import Merge
+from stages.layers import OUTSIDE, layer_stack, place
+from stages.merging.merged import Merged
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 MERGED = "merged"
-OUTSIDE = -1  # the layer of a tensor that belongs to none, such as an embedding
 CHUNK = 1 << 22  # entries that are float64 at one time
 
 COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
@@ -52,23 +49,24 @@ class Measured:
     untouched_max: float
 
 
-def measure(base: Checkpoint, stages: list[VirtualCheckpoint], merged: Checkpoint, merge: Merge) -> Measured:
+def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | Merged) -> Measured:
     """Compare every tensor of the stages and of the merged file with the base.
 
     Args:
-        base: the model that all stages go back to.
         stages: every stage, merged or not.
-        merged: the file that the merge wrote.
-        merge: its settings; the exact merge is computed once more, for that is what the file rounds.
+        exact: the merge in float32, computed once more, for that is what the file rounds.
+        file: what the merge wrote.
     """
+    base = exact.base
     stack = layer_stack(base.skeleton)
-    tally = _Tally([*(stage.name for stage in stages), MERGED], merge)
-    for path, parameters in base.modules.items():
+    tally = _Tally([*(stage.name for stage in stages), MERGED], set(exact.merge.weights))
+    for path, parameters in exact.modules.items():
         deltas = {stage.name: stage.delta(path) for stage in stages if path in stage.adapter.modules}
+        whole = exact.module(path)
         for parameter in parameters:
             name = f"{path}.{parameter}"
             own = {stage: delta[parameter] for stage, delta in deltas.items() if bool(delta[parameter].any())}
-            tally.add(name, place(path, stack), base.stored(name), merged.stored(name), own)
+            tally.add(name, place(path, stack), base.stored(name), file.stored(name), own, whole[parameter])
     return Measured(
         names=tally.names,
         rows=pd.DataFrame(tally.rows, columns=COLUMNS),
@@ -83,8 +81,8 @@ def measure(base: Checkpoint, stages: list[VirtualCheckpoint], merged: Checkpoin
 class _Tally:
     """What `measure` has seen so far."""
 
-    def __init__(self, names: list[str], merge: Merge) -> None:
-        self.names, self.merge, self.method = names, merge, find_method(merge)
+    def __init__(self, names: list[str], listed: set[str]) -> None:
+        self.names, self.listed = names, listed
         self.rows: list[dict[str, object]] = []
         self.grams: dict[int, Matrix] = {}
         self.untouched: list[float] = []
@@ -96,15 +94,15 @@ class _Tally:
         stored: torch.Tensor,
         result: torch.Tensor,
         own: dict[str, torch.Tensor],
+        whole: torch.Tensor,
     ) -> None:
-        """Take in one tensor: of the base, of the merged file, and the deltas of the stages that change it."""
+        """Take in one tensor: of the base, of the merged file, the deltas of its stages, and the exact merge."""
         weight, rounded_base = stored.float(), stored.to(result.dtype)
         exact = {stage: weight + delta for stage, delta in own.items()}
         files = {stage: values.to(result.dtype) for stage, values in exact.items()}
         deltas = dict(own)
-        if listed := {stage: own[stage] for stage in sorted(own) if stage in self.merge.weights}:
-            exact[MERGED] = merge_tensor(self.method, name, weight, listed, self.merge)
-            files[MERGED], deltas[MERGED] = result, result.float() - weight
+        if self.listed & own.keys():
+            exact[MERGED], files[MERGED], deltas[MERGED] = whole, result, result.float() - weight
         else:
             self.untouched.append(_distance(result, rounded_base))
         for stage, delta in deltas.items():
@@ -126,17 +124,6 @@ class _Tally:
             here = [self.names.index(stage) for stage in deltas]
             gram = self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))
             gram[np.ix_(here, here)] += inner_products(list(deltas.values()))
-
-
-def place(path: str, stack: str) -> tuple[int, str]:
-    """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(-1, path)`.
-
-    Args:
-        path: dotted name of the module.
-        stack: dotted name of the list of layers, from `stages.layers.layer_stack`.
-    """
-    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
-    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
 
 
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:

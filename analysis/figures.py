@@ -247,7 +247,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
     """
     columns = min(4, max(2, len(curves)))
     lines = math.ceil(len(curves) / columns)
-    highest = max(point["loss"] for curve in curves.values() for point in curve)
+    highest = max((point["loss"] for curve in curves.values() for point in curve), default=1.0)
     figure = Figure((WIDTH, 2.2 * lines + 0.3), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for place, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=False)):

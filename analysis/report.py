@@ -23,8 +23,9 @@ from analysis.figures import percent
 from analysis.skills import Cell, Change, changes, score
 from stages import params
 from stages.errors import run
-from stages.files import CHECKPOINTS, MERGED, REPORTS, read_json, write_json, write_text
-from stages.weights.checkpoint import Checkpoint, open_stages
+from stages.files import CHECKPOINTS, REPORTS, read_json, write_json, write_text
+from stages.merging.merged import Merged, open_merged
+from stages.weights.checkpoint import open_stages
 
 ROUNDING = 0.25  # rounding error, as a share of the change, from which a card warns
 CONFLICT = -0.1  # cosine of two stages below which a card says that they undo each other
@@ -91,10 +92,12 @@ def main() -> None:
 def gather(settings: params.Params) -> Facts:
     """Read what the other stages left, and measure the weights."""
     base, stages = open_stages(list(settings.stages))
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    exact = Merged(base, listed, settings.merge)
     evaluation = read_json(REPORTS / "evaluation.json")
     return Facts(
         settings=settings,
-        measured=measure(base, stages, Checkpoint(MERGED, "merged"), settings.merge),
+        measured=measure(stages, exact, open_merged(base, listed, settings.merge)),
         records={name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]},
         matrix=evaluation["matrix"],
         retention=evaluation["retention"],
@@ -240,7 +243,7 @@ def draw(facts: Facts) -> dict[str, str]:
         "floor": figures.floor_lines(by_layer[by_layer["stage"] == "merged"], measured.layers),
         "whose": figures.whose_change(layer_shares(facts), list(facts.settings.stages), measured.layers),
         "cosines": figures.cosine_maps(facts.gram, measured.grams, measured.names, measured.layers),
-        "curves": figures.loss_curves(facts.curves),
+        "curves": figures.loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
     }
 
 

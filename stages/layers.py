@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+OUTSIDE = -1  # the layer of a module that belongs to none, such as an embedding
 RANGES = re.compile(r"all|last [1-9]\d*|\d+(-\d+)?(, ?\d+(-\d+)?)*")
 
 
@@ -53,6 +54,17 @@ def layer_stack(model: "PreTrainedModel") -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name
     raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
+
+
+def place(path: str, stack: str) -> tuple[int, str]:
+    """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(-1, path)`.
+
+    Args:
+        path: dotted name of the module.
+        stack: dotted name of the list of layers, from `layer_stack`.
+    """
+    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
 
 
 def linear_modules(model: "PreTrainedModel", layers: list[int]) -> list[str]:

@@ -5,10 +5,11 @@
 
 import difflib
 import re
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -16,7 +17,7 @@ from stages import layers
 from stages.errors import MistakeError, run
 from stages.files import BASE, read_json
 from stages.methods import METHODS
-from stages.methods.stage import Settings, Stage
+from stages.methods.stage import Settings, Stage, Training
 
 PARAMS = Path("params.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -68,12 +69,52 @@ Dataset = ReasoningGym | LocalFile | Hub
 SOURCES: dict[str, type[Dataset]] = {"reasoning_gym": ReasoningGym, "file": LocalFile, "hub": Hub}
 
 
+def _check_setting(setting: Any) -> Any:
+    """Raise a ValueError unless it has one of the shapes that mergekit gives a parameter."""
+    parts = setting if isinstance(setting, list) else [setting]
+    filtered = bool(parts) and all(
+        isinstance(part, dict) and "value" in part and part.keys() <= {"filter", "value"} for part in parts
+    )
+    values = [part["value"] for part in parts] if filtered else parts
+    flat = [value for item in values for value in (item if isinstance(item, list) and filtered else [item])]
+    if not flat or not all(isinstance(v, bool | int) or (isinstance(v, float) and isfinite(v)) for v in flat):
+        raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
+    return setting
+
+
+def _check_parameter(setting: Any) -> Any:
+    for part in setting.values() if isinstance(setting, dict) else [setting]:
+        _check_setting(part)
+    return setting
+
+
+Setting = Annotated[Any, AfterValidator(_check_setting)]
+ByStage = Annotated[Any, AfterValidator(_check_parameter)]
+
+
+class AdapterSettings(Settings):
+    """The merge as one PEFT adapter; `rank: null` takes what the merge has, `tolerance` is the error it may have."""
+
+    rank: int | None = Field(default=None, gt=0)
+    tolerance: float = Field(default=1e-4, gt=0)
+
+
 class Merge(Settings):
-    """How the stages' deltas become one model: a mergekit method, in mergekit's own words."""
+    """How the stages' deltas become one model: a method and its parameters, in mergekit's own words.
+
+    A weight, a parameter and `depth_scaling` are each a number, a list that is interpolated from the first layer
+    to the last, or a list of `filter` (part of a tensor's name) and `value`; a parameter may also have one for
+    each stage.
+    """
 
     method: str = "task_arithmetic"
-    weights: dict[str, float] = Field(min_length=1)
-    density: float | None = Field(default=None, gt=0, le=1)
+    weights: dict[str, Setting] = Field(min_length=1)
+    parameters: dict[str, ByStage] = {}
+    participants: Literal["touching", "all"] = "touching"
+    space: Literal["full", "core"] = "full"
+    depth_scaling: Setting = 1.0
+    outputs: list[Literal["model", "adapter", "delta"]] = Field(default=["model"], min_length=1)
+    adapter: AdapterSettings = AdapterSettings()
     dtype: Dtype = "bfloat16"
     seed: int = Field(default=0, ge=0)
 
@@ -126,8 +167,8 @@ def load(path: Path = PARAMS) -> Params:
         evaluate=_settings(content, "evaluate", Evaluate, path),
     )
     _check_references(params, path)
-    if (BASE / "config.json").exists():
-        check_layers(params, read_json(BASE / "config.json")["num_hidden_layers"], path)
+    if (BASE / "stage.json").exists():
+        check_layers(params, read_json(BASE / "stage.json")["layers"], path)
     return params
 
 
@@ -220,7 +261,7 @@ def _sentence(error: ValidationError, where: str, path: Path) -> str:
     key = ".".join([where, *map(str, first["loc"])])
     if first["type"] == "missing":
         return f"{path}: {key} is missing; add it"
-    wish = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    wish = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").removeprefix("a valid ")
     return f"{path}: {key} is {first['input']!r}; it should be {wish}"
 
 
@@ -233,7 +274,7 @@ def _check_references(params: Params, path: Path) -> None:
     for name in params.merge.weights:
         _one_of(name, list(params.stages), f"merge.weights.{name}", "a stage", path)
     for name, stage in params.stages.items():
-        if stage.replay and not params.ancestors(name):
+        if isinstance(stage, Training) and stage.replay and not params.ancestors(name):
             raise MistakeError(
                 f"{path}: stages.{name}.replay has nothing to replay, for its parent is base; remove the key"
             )
@@ -259,7 +300,10 @@ def _refuse_cycle(params: Params, start: str, path: Path) -> None:
 
 def main() -> None:
     """Check params.yaml and say so."""
+    from stages.merging.kernels import find_kernel
+
     params = load()
+    find_kernel(params.merge)
     print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
 
 

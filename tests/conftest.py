@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; no test need
 
 import torch
 from accelerate.state import AcceleratorState
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -105,7 +105,8 @@ def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float
         make_tokenizer().save_pretrained(folder)
         record = {
             "name": "base",
-            "model": architecture,
+            "model": "model",
+            "revision": None,
             "dtype": str(dtype).removeprefix("torch."),
             "layers": 4,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
@@ -143,6 +144,19 @@ def make_stage(
             "sha256": sha256([folder / "adapter_model.safetensors"]),
         }
         write_json(folder / "stage.json", record)
+    return wrapped
+
+
+def make_outside(name: str, model: PreTrainedModel, config: PeftConfig, size: float = 0.05) -> PeftModel:
+    """Save an adapter of any PEFT config as checkpoints/NAME, on the base, its trained parameters moved at random."""
+    torch.manual_seed(sum(map(ord, name)))
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    wrapped.save_pretrained(CHECKPOINTS / name)
+    write_json(CHECKPOINTS / name / "stage.json", {"name": name, "parent": "base"})
     return wrapped
 
 

@@ -2,98 +2,251 @@
 
 import difflib
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from mergekit.merge_methods import BasePolicy, MergeMethod, merge_tensors, registered_methods
+from mergekit.config import ConditionalParameter, ParameterSetting
+from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope, merge_tensors, registered_methods
+from mergekit.parameter_resolver import resolve_parameter
+from pydantic import ValidationError
 
+import stages.merging.methods  # noqa: F401  registers them beside mergekit's
 from stages.errors import MistakeError
+from stages.merging.trim import TRIMMED, trim
 from stages.params import Merge
 
-SETTABLE = {"weight", "density"}
+Values = dict[str, Any]  # a parameter's value, or for a parameter per stage its values by stage
+
+SHARES = {"density": (0, 1), "gamma": (0, 1), "epsilon": (0, 1), "select_topk": (0, 1), "common_fraction": (0, 1)}
 
 
-def find_method(merge: Merge) -> MergeMethod:
-    """The method that `merge.method` names, checked against the other keys of the section.
+@dataclass(frozen=True)
+class Kernel:
+    """A merge method with the settings of params.yaml, checked.
+
+    Args:
+        method: of mergekit's registry, ours among them.
+        merge: the section of params.yaml.
+        shared: settings that hold for all stages.
+        by_stage: settings of single stages, `weight` always among them.
+    """
+
+    method: MergeMethod
+    merge: Merge
+    shared: dict[str, ParameterSetting]
+    by_stage: dict[str, dict[str, ParameterSetting]]
+
+    def participants(self, touching: list[str]) -> list[str]:
+        """Stages that are merged in a tensor which only `touching` change, sorted.
+
+        Where the method does not take so few, or with `participants: all`, every stage takes part, the others
+        with the base's weights.
+        """
+        if self.merge.participants == "touching" and self._accepts(touching):
+            return sorted(touching)
+        return sorted(self.merge.weights)
+
+    def values(self, name: str, depth: float, stages: list[str]) -> Values:
+        """Each parameter of the method for one tensor: gradients interpolated, filters matched, defaults filled in.
+
+        Args:
+            name: of the tensor.
+            depth: 0 in the first layer and outside the layers, 1 in the last, as in mergekit.
+            stages: from `participants`.
+
+        Raises:
+            MistakeError: no filter matches and the parameter has no default.
+        """
+        values: Values = {}
+        for parameter in self.method.spec.parameters:
+            key = f"merge.parameters.{parameter.name}" if parameter.name != "weight" else "merge.weights"
+            try:
+                if parameter.scope == ParameterScope.SHARED:
+                    values[parameter.name] = resolve_parameter(parameter, [self.shared], tensor_name=name, t=depth)
+                else:
+                    values[parameter.name] = {
+                        stage: resolve_parameter(
+                            parameter, [self.by_stage[stage], self.shared], tensor_name=name, t=depth
+                        )
+                        for stage in stages
+                    }
+            except RuntimeError:
+                raise MistakeError(
+                    f"params.yaml: {key} has no value for {name}, for no filter matches; end the list with a value"
+                    " that has no filter"
+                ) from None
+        return values
+
+    def run(self, name: str, base: torch.Tensor, models: dict[str, torch.Tensor], values: Values) -> torch.Tensor:
+        """Merge one tensor, in float32.
+
+        Args:
+            name: of the tensor; it seeds the random methods, so that neither the order of tensors nor which
+                others exist changes the result.
+            base: the base's weights, float32.
+            models: by stage, the base plus that stage's own delta; a participant that is missing is the base.
+            values: from `values`.
+
+        Returns:
+            The merged weights, float32. They round to the file's dtype once, later.
+
+        Raises:
+            MistakeError: the method refuses the values.
+        """
+        stages = self.participants(list(models))
+        if self.method.spec.name in TRIMMED and not values["rescale"]:
+            deltas, values = trim({stage: model - base for stage, model in models.items()}, values)
+            return base + self._run(name, torch.zeros_like(base), deltas, values, stages)
+        return self._run(name, base, models, values, stages)
+
+    def _run(
+        self, name: str, base: torch.Tensor, models: dict[str, torch.Tensor], values: Values, stages: list[str]
+    ) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.merge.seed}/{name}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        ids, base_id = self._inputs(stages)
+        try:
+            with torch.no_grad():
+                return merge_tensors(
+                    [models.get(model, base) for model in ids],
+                    self.method,
+                    parameters=values,
+                    ids=ids,
+                    base_index=None if base_id is None else ids.index(base_id),
+                    name=name,
+                    out_dtype=torch.float32,
+                )
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise MistakeError(
+                f"params.yaml: merge.method {self.method.spec.name!r} cannot merge {name} ({reason});"
+                " change merge.parameters or the method"
+            ) from None
+
+    def _inputs(self, stages: list[str]) -> tuple[list[str], str | None]:
+        """Models that the kernel is given, and which of them is the base; some methods want none."""
+        if self.method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
+            return ["base", *stages], "base"
+        return stages, None
+
+    def _accepts(self, stages: list[str]) -> bool:
+        try:
+            self.method.validate_inputs(*self._inputs(stages))
+        except ValueError:
+            return False
+        return True
+
+
+def find_kernel(merge: Merge) -> Kernel:
+    """The method that `merge.method` names, with its settings checked.
 
     Raises:
-        MistakeError: no such method, a parameter it needs that params.yaml cannot set, a density it does not
-            take, or a number of stages it does not take.
+        MistakeError: no such method, a parameter it does not have or lacks, a value it does not take, or a
+            number of stages it does not take.
     """
-    usable = {method.spec.name: method for method in registered_methods() if _is_usable(method)}
-    method = usable.get(merge.method)
-    if method is None:
-        nearest = difflib.get_close_matches(merge.method, usable, n=1)
-        fix = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(sorted(usable))}"
-        raise MistakeError(f"params.yaml: merge.method {merge.method!r} is not known; {fix}")
-    if merge.density is not None and "density" not in _parameters(method):
-        raise MistakeError(f"params.yaml: merge.density means nothing to method {merge.method!r}; remove the key")
-    if "weight" not in _parameters(method) and set(merge.weights.values()) != {1.0}:
+    methods = {method.spec.name: method for method in registered_methods()}
+    if merge.method not in methods:
+        raise MistakeError(
+            f"params.yaml: merge.method {merge.method!r} is not known; {_nearest(merge.method, methods)}"
+        )
+    method = methods[merge.method]
+    shared: dict[str, ParameterSetting] = {}
+    by_stage: dict[str, dict[str, ParameterSetting]] = {name: {} for name in merge.weights}
+    for key, setting in merge.parameters.items():
+        _check_known(key, method)
+        if isinstance(setting, dict):
+            for stage, own in setting.items():
+                _check_stage(key, stage, method, merge)
+                by_stage[stage][key] = _setting(f"merge.parameters.{key}.{stage}", key, own, method)
+        else:
+            shared[key] = _setting(f"merge.parameters.{key}", key, setting, method)
+    if "weight" in _parameters(method):
+        for stage, weight in merge.weights.items():
+            by_stage[stage]["weight"] = _setting(f"merge.weights.{stage}", "weight", weight, method)
+    elif any(weight != 1 for weight in merge.weights.values()):
         raise MistakeError(f"params.yaml: merge.weights are not used by method {merge.method!r}; set them all to 1.0")
+    kernel = Kernel(method, merge, shared, by_stage)
+    _check_required(kernel)
+    return kernel
+
+
+def _check_known(key: str, method: MergeMethod) -> None:
+    known = _parameters(method) - {"weight"}
+    if key == "weight":
+        raise MistakeError("params.yaml: merge.parameters.weight is not a known key; weights go under merge.weights")
+    if key not in known:
+        raise MistakeError(
+            f"params.yaml: merge.parameters.{key} means nothing to method {method.spec.name!r}; {_nearest(key, known)}"
+        )
+
+
+def _check_stage(key: str, stage: str, method: MergeMethod, merge: Merge) -> None:
+    if _parameters(method, ParameterScope.SHARED) & {key}:
+        raise MistakeError(
+            f"params.yaml: merge.parameters.{key} of method {method.spec.name!r} is one setting for all stages;"
+            " write it without their names"
+        )
+    if stage not in merge.weights:
+        raise MistakeError(
+            f"params.yaml: merge.parameters.{key}.{stage} names no merged stage; {_nearest(stage, merge.weights)}"
+        )
+
+
+def _check_required(kernel: Kernel) -> None:
+    merge, method = kernel.merge, kernel.method
+    for parameter in method.spec.parameters:
+        given = [parameter.name in kernel.shared or parameter.name in own for own in kernel.by_stage.values()]
+        if parameter.required and not all(given):
+            raise MistakeError(
+                f"params.yaml: merge.parameters.{parameter.name} is missing; method {merge.method!r} needs it"
+            )
     try:
-        method.validate_inputs(*_inputs(method, list(merge.weights)))
+        method.validate_inputs(*kernel._inputs(sorted(merge.weights)))
     except ValueError as error:
         raise MistakeError(
             f"params.yaml: merge.weights has {len(merge.weights)} stages, which method {merge.method!r}"
             f" does not take ({error}); add or remove stages"
         ) from None
-    return method
 
 
-def merge_tensor(
-    method: MergeMethod, name: str, base: torch.Tensor, deltas: dict[str, torch.Tensor], merge: Merge
-) -> torch.Tensor:
-    """Merge the models base + delta of the stages that touch this tensor, in float32.
-
-    Args:
-        method: from `find_method`.
-        name: of the tensor; it seeds the random methods, so that neither the order of tensors nor which
-            others exist changes the result.
-        base: the base's weights, float32.
-        deltas: by stage, each of the base's shape, float32; at least one.
-        merge: the section of params.yaml.
-
-    Returns:
-        The merged weights, float32. They round to the file's dtype once, later.
-    """
-    stages = sorted(deltas) if _accepts(method, list(deltas)) else sorted(merge.weights)
-    models = {stage: base + deltas[stage] if stage in deltas else base for stage in stages} | {"base": base}
-    ids, base_id = _inputs(method, stages)
-    parameters = {"weight": {stage: merge.weights[stage] for stage in stages}}
-    if merge.density is not None:
-        parameters["density"] = dict.fromkeys(stages, merge.density)
-    digest = hashlib.sha256(f"{merge.seed}/{name}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
-    with torch.no_grad():
-        return merge_tensors(
-            [models[model] for model in ids],
-            method,
-            parameters={key: value for key, value in parameters.items() if key in _parameters(method)},
-            ids=ids,
-            base_index=None if base_id is None else ids.index(base_id),
-            name=name,
-            out_dtype=torch.float32,
-        )
+def _setting(where: str, key: str, setting: Any, method: MergeMethod) -> ParameterSetting:
+    """A setting in mergekit's types, every value in it checked."""
+    parameter = next(parameter for parameter in method.spec.parameters if parameter.name == key)
+    for value in _scalars(setting):
+        try:
+            number = parameter.validate(value)
+        except ValidationError as error:
+            wish = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise MistakeError(f"params.yaml: {where} is {value!r}; it should be {wish}") from None
+        low, high = SHARES.get(key, (float("-inf"), float("inf")))
+        if isinstance(number, float) and not low <= number <= high:
+            raise MistakeError(f"params.yaml: {where} is {value!r}; it should be between {low} and {high}")
+    return settings_of(setting)
 
 
-def _inputs(method: MergeMethod, stages: list[str]) -> tuple[list[str], str | None]:
-    """Models that the kernel is given, and which of them is the base; some methods want none."""
-    if method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
-        return ["base", *stages], "base"
-    return stages, None
+def settings_of(setting: Any) -> ParameterSetting:
+    """A setting of params.yaml (a value, a list over depth, or a list of filter and value) in mergekit's types."""
+    if isinstance(setting, list) and isinstance(setting[0], dict):
+        return [ConditionalParameter(value=part["value"], filter=part.get("filter")) for part in setting]
+    return setting
 
 
-def _accepts(method: MergeMethod, stages: list[str]) -> bool:
-    """Whether the method takes this number of stages; where it does not, the untouched ones take part as well."""
-    try:
-        method.validate_inputs(*_inputs(method, stages))
-    except ValueError:
-        return False
-    return True
+def _scalars(setting: Any) -> Iterator[Any]:
+    if isinstance(setting, list):
+        for part in setting:
+            yield from _scalars(part["value"] if isinstance(part, dict) else part)
+    else:
+        yield setting
 
 
-def _parameters(method: MergeMethod) -> set[str]:
-    return {parameter.name for parameter in method.spec.parameters}
+def _parameters(method: MergeMethod, scope: ParameterScope | None = None) -> set[str]:
+    return {parameter.name for parameter in method.spec.parameters if scope in (None, parameter.scope)}
 
 
-def _is_usable(method: MergeMethod) -> bool:
-    return all(parameter.name in SETTABLE for parameter in method.spec.parameters if parameter.required)
+def _nearest(name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    return f"choose one of {', '.join(sorted(known))}" if known else "remove it"

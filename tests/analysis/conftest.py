@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages import params
 from stages.files import write_json
 from stages.layers import parse
-from stages.merge import merge_into
+from stages.merge import write
+from stages.merging.merged import Merged
 from stages.methods import METHODS
 from stages.train import save_adapter
 from stages.weights.checkpoint import open_stages
@@ -73,7 +74,7 @@ class Project:
         settings = params.load()
         base, stages = open_stages(sorted(settings.merge.weights))
         Path("merged").mkdir(exist_ok=True)
-        merge_into(Path("merged/model.safetensors"), base, stages, settings.merge, {})
+        write(Merged(base, stages, settings.merge), Path("merged"), {})
 
     def evaluation(self, merged: float = 0.8, names_on_sums: float = 0.8) -> None:
         """Every stage reaches 0.8 on its own skill; the two arguments are accuracies on `sums`."""

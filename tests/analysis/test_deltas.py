@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from analysis import deltas
 from stages import params
 from stages.files import MERGED
+from stages.merging.merged import Merged
 from stages.weights.checkpoint import Checkpoint, open_stages
 
 ALL = ["sums", "names", "prose"]
@@ -14,7 +15,8 @@ ALL = ["sums", "names", "prose"]
 def measured():
     settings = params.load()
     base, stages = open_stages(ALL)
-    return deltas.measure(base, stages, Checkpoint(MERGED, "merged"), settings.merge)
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    return deltas.measure(stages, Merged(base, listed, settings.merge), Checkpoint(MERGED, "merged"))
 
 
 def dense(name):

@@ -1,43 +1,47 @@
-"""The merge against plain algebra and against mergekit run on whole checkpoints."""
+"""The merge as a whole: files, participants, tied heads, provenance. Methods are in merging/."""
 
-import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from stages import merge as merge_stage
 from stages.errors import MistakeError
 from stages.files import BASE
-from stages.merge import merge_into
-from stages.merging.kernels import find_method, merge_tensor
+from stages.merge import write
+from stages.merging.kernels import find_kernel
+from stages.merging.merged import Merged
 from stages.params import Merge
 from stages.weights.checkpoint import open_stages
-from tests.conftest import make_base, make_stage
+from tests.conftest import make_base, make_outside, make_stage
 
 
 def load_base():
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
 
 
-def merged(path, **settings):
+def merged(folder="merged", processes=1, **settings):
     merge = Merge(**settings)
-    base, stages = open_stages(list(merge.weights))
-    merge_into(path, base, stages, merge, {"format": "pt"})
-    return load_file(path)
+    Path(folder).mkdir(exist_ok=True)
+    write(Merged(*open_stages(list(merge.weights)), merge), Path(folder), {"format": "pt"}, processes)
+    path = Path(folder, "model.safetensors")
+    return load_file(path) if path.exists() else None
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "qwen3", "gpt2"])
-def test_a_chain_merged_with_weight_1_is_its_last_stage(workspace, architecture):
+def test_a_chain_merged_with_weight_1_is_its_last_stage(architecture):
     make_base(architecture)
     first = make_stage("first", load_base(), "lora", "0-2").merge_and_unload()
     second = make_stage("second", first, "dora", "1-3", parent="first").merge_and_unload()
     truth = make_stage("third", second, "full", "2", parent="second").merge_and_unload().state_dict()
 
     weights = {"first": 1.0, "second": 1.0, "third": 1.0}
-    found = merged(workspace / "m.safetensors", method="task_arithmetic", weights=weights, dtype="float32")
+    found = merged(method="task_arithmetic", weights=weights, dtype="float32")
 
     assert set(found) == set(load_file(BASE / "model.safetensors"))
     for name, weight in found.items():
@@ -45,134 +49,244 @@ def test_a_chain_merged_with_weight_1_is_its_last_stage(workspace, architecture)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_untouched_tensors_are_the_bases_bytes(workspace, dtype):
+def test_untouched_tensors_are_the_bases_bytes(dtype):
     make_base("llama-untied", getattr(torch, dtype))
     make_stage("one", load_base(), "lora", "1")
     before = load_file(BASE / "model.safetensors")
 
-    found = merged(workspace / "m.safetensors", method="ties", weights={"one": 1.0}, dtype=dtype)
+    found = merged(method="ties", weights={"one": 1.0}, dtype=dtype)
 
     for name, weight in found.items():
         same = torch.equal(weight, before[name]) and weight.dtype == before[name].dtype
         assert same == (not (".layers.1." in name and "_proj" in name)), name
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
-def test_kernels_equal_mergekit_on_whole_checkpoints(workspace, method):
-    """mergekit's own command on materialised float32 models; all stages touch all tensors compared."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    make_base("llama-untied")
-    density = None if method in ("linear", "task_arithmetic") else (0.5 if method == "ties" else 1.0)
-    weights = {"one": 0.7, "two": 0.4}
-    for name in weights:
-        model = make_stage(name, load_base(), "lora", "all").merge_and_unload()
-        model.save_pretrained(workspace / f"full-{name}")
-    parameters = {name: {"weight": weights[name]} | ({"density": density} if density else {}) for name in weights}
-    config = {
-        "merge_method": method,
-        "models": [{"model": str(workspace / f"full-{n}"), "parameters": parameters[n]} for n in weights],
-        "dtype": "float32",
-    }
-    if method != "linear":
-        config["base_model"] = str(BASE.resolve())
-    run_merge(
-        MergeConfiguration.model_validate(config),
-        str(workspace / "theirs"),
-        MergeOptions(copy_tokenizer=False, quiet=True, device="cpu"),
-    )
-    theirs = load_file(workspace / "theirs" / "model.safetensors")
-
-    found = merged(workspace / "m.safetensors", method=method, weights=weights, density=density, dtype="float32")
-
-    compared = [name for name in found if "_proj" in name]
-    assert len(compared) == 28
-    for name in compared:
-        # mergekit subtracts the base from a stored model: float32 rounding of the weight, not of the delta.
-        assert torch.allclose(found[name], theirs[name], rtol=0, atol=1e-6), name
-
-
-def test_random_methods_do_not_depend_on_order_or_on_other_tensors(workspace):
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "tsv_m"])
+def test_neither_order_nor_processes_nor_a_second_run_change_a_byte(method):
     make_base("llama-tied")
-    make_stage("one", load_base(), "lora", "0-1")
-    make_stage("two", load_base(), "lora", "0-1")
-    settings = {"method": "dare_ties", "density": 0.5, "dtype": "float32"}
-    merged(workspace / "a.safetensors", weights={"one": 1.0, "two": 0.5}, **settings)
-    merged(workspace / "b.safetensors", weights={"two": 0.5, "one": 1.0}, **settings)
-    assert (workspace / "a.safetensors").read_bytes() == (workspace / "b.safetensors").read_bytes()
+    for name in ("one", "two"):
+        make_stage(name, load_base(), "lora", "0-1")
+    settings = {"method": method, "dtype": "bfloat16", "outputs": ["model", "delta"]}
+    if method == "dare_ties":
+        settings["parameters"] = {"density": 0.5}
+    merged("a", weights={"one": 1.0, "two": 0.5}, **settings)
+    merged("b", weights={"one": 1.0, "two": 0.5}, **settings)
+    merged("c", weights={"two": 0.5, "one": 1.0}, **settings)
+    merged("d", weights={"one": 1.0, "two": 0.5}, processes=2, **settings)
+    for file in ("model.safetensors", "delta.safetensors"):
+        assert len({Path(folder, file).read_bytes() for folder in "abcd"}) == 1
 
-    merge = Merge(weights={"one": 1.0}, **settings)
-    base, deltas = torch.randn(8, 8), {"one": torch.randn(8, 8)}
-    draws = [merge_tensor(find_method(merge), name, base, deltas, merge) for name in ("x", "y", "x")]
-    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
 
-
-def test_task_arithmetic_is_the_weighted_sum_in_float64(workspace):
+@pytest.mark.parametrize("first", ["lora", "dora"])
+def test_task_arithmetic_is_the_weighted_sum_in_float64(first):
     make_base("qwen2")
-    for name, chosen in (("one", "0-2"), ("two", "1-3")):
-        make_stage(name, load_base(), "lora", chosen)
+    make_stage("one", load_base(), first, "0-2")
+    make_stage("two", load_base(), "lora", "1-3")
     base, stages = open_stages(["one", "two"])
     path = "model.layers.1.mlp.down_proj"
     truth = base.module(path)["weight"].double()
     for stage, weight in zip(stages, (0.5, -0.25), strict=True):
         truth = truth + weight * stage.delta(path)["weight"].double()
 
-    found = merged(
-        workspace / "m.safetensors", method="task_arithmetic", weights={"one": 0.5, "two": -0.25}, dtype="float32"
-    )
+    found = merged(method="task_arithmetic", weights={"one": 0.5, "two": -0.25}, dtype="float32")
 
     assert torch.allclose(found[f"{path}.weight"].double(), truth, rtol=0, atol=1e-7)
+
+
+def test_linear_averages_the_participants_alone_or_all_stages():
+    make_base()
+    make_stage("one", load_base(), "lora", "0-1")
+    make_stage("two", load_base(), "lora", "1-2")
+    base, (one, _) = open_stages(["one", "two"])
+    path = "model.layers.0.mlp.up_proj"
+    delta = one.delta(path)["weight"]
+    for participants, share in (("touching", 1.0), ("all", 0.75)):
+        found = merged(method="linear", weights={"one": 3.0, "two": 1.0}, participants=participants, dtype="float32")
+        assert torch.allclose(found[f"{path}.weight"], base.stored(f"{path}.weight") + share * delta, atol=1e-6)
+
+
+def test_depth_scaling_grows_with_the_layer_and_filters_pick_modules():
+    make_base()
+    make_stage("one", load_base(), "lora", "all")
+    base, (one,) = open_stages(["one"])
+    found = merged(method="ties", weights={"one": 1.0}, depth_scaling=[0.25, 1.0], dtype="float32")
+    for layer, share in enumerate((0.25, 0.5, 0.75, 1.0)):
+        path = f"model.layers.{layer}.mlp.up_proj"
+        truth = base.stored(f"{path}.weight") + share * one.delta(path)["weight"]
+        assert torch.allclose(found[f"{path}.weight"], truth, atol=1e-6)
+
+    weights = {"one": [{"filter": "up_proj", "value": 0.0}, {"value": [1.0, 0.0]}]}
+    found = merged(method="task_arithmetic", weights=weights, dtype="float32")
+    assert torch.equal(found["model.layers.0.mlp.up_proj.weight"], base.stored("model.layers.0.mlp.up_proj.weight"))
+    path = "model.layers.1.mlp.down_proj"
+    truth = base.stored(f"{path}.weight") + 2 / 3 * one.delta(path)["weight"]
+    assert torch.allclose(found[f"{path}.weight"], truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
+def test_a_stage_that_trains_only_the_embedding_leaves_the_old_head(architecture):
+    make_base(architecture)
+    before = load_base()
+    embedding = next(name for name, module in before.named_modules() if module is before.get_input_embeddings())
+    make_outside("one", before, LoraConfig(target_modules=[embedding], r=2))
+
+    found = merged(weights={"one": 1.0}, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+
+    assert torch.equal(found["lm_head.weight"], load_base().lm_head.weight)
+    assert not torch.equal(found[f"{embedding}.weight"], found["lm_head.weight"])
+    truth = PeftModel.from_pretrained(load_base(), "checkpoints/one")
+    ids = torch.arange(5)[None]
+    assert torch.allclose(model(ids).logits, truth(ids).logits, atol=1e-5)
+
+
+def test_a_stage_that_trains_only_the_tied_head_unties_it():
+    make_base("llama-tied")
+    make_outside("one", load_base(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2))
+
+    found = merged(weights={"one": 1.0}, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+
+    assert torch.equal(found["model.embed_tokens.weight"], load_base().get_input_embeddings().weight)
+    truth = PeftModel.from_pretrained(load_base(), "checkpoints/one")
+    ids = torch.arange(5)[None]
+    assert torch.allclose(model(ids).logits, truth(ids).logits, atol=1e-5)
+    assert not torch.allclose(model(ids).logits, load_base()(ids).logits, atol=1e-2)
+
+
+def test_outputs_can_be_had_one_by_one():
+    make_base()
+    make_stage("one", load_base(), "lora", "0-1", rank=4)
+    make_stage("two", load_base(), "dora", "1-2", rank=4)
+    settings = {"weights": {"one": 1.0, "two": 1.0}, "dtype": "float32"}
+    model = merged("model", outputs=["model"], **settings)
+    merged("delta", outputs=["delta"], **settings)
+    merged("adapter", outputs=["adapter"], **settings)
+    assert sorted(path.name for path in Path("delta").iterdir()) == ["delta.safetensors"]
+    assert sorted(path.name for path in Path("adapter").iterdir()) == ["adapter"]
+
+    base = load_base().state_dict()
+    delta = load_file("delta/delta.safetensors")
+    loaded = PeftModel.from_pretrained(load_base(), "adapter/adapter").merge_and_unload().state_dict()
+    assert delta.keys() == {name for name in base if "_proj" in name and ".3." not in name}
+    for name, change in delta.items():
+        assert torch.equal(change, model[name] - base[name])
+        assert torch.linalg.norm(loaded[name] - model[name]) <= 1e-4 * torch.linalg.norm(change), name
+
+
+def test_whole_modules_are_saved_where_a_stage_trained_every_weight():
+    make_base("gpt2")
+    make_stage("one", load_base(), "lora", "0-1")
+    make_stage("two", load_base(), "full", "1-2")
+    settings = {"weights": {"one": 1.0, "two": 1.0}, "dtype": "float32"}
+    model = merged(outputs=["model", "adapter"], **settings)
+
+    loaded = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
+
+    for name, weight in model.items():
+        assert torch.allclose(loaded[name], weight, atol=1e-6), name
+
+
+def test_an_adapter_that_misses_the_merge_is_refused_and_nothing_is_written(workspace):
+    make_base()
+    for name in ("one", "two"):
+        make_stage(name, load_base(), "lora", "0-1")
+    with pytest.raises(MistakeError, match=r"merge.adapter.tolerance is 0.0001, but the adapter misses"):
+        merged(
+            method="ties",
+            parameters={"density": 0.3},
+            weights={"one": 1.0, "two": 1.0},
+            outputs=["adapter"],
+        )
+
+
+def test_a_merge_in_core_space_is_one_adapter_exactly():
+    make_base("gpt2")
+    for name in ("one", "two"):
+        make_stage(name, load_base(), "lora", "0-1", rank=3)
+    settings = {"method": "ties", "parameters": {"density": 0.5}, "weights": {"one": 1.0, "two": 1.0}}
+    core = merged(space="core", outputs=["model", "adapter"], dtype="float32", **settings)
+    full = merged("full", dtype="float32", **settings)
+
+    loaded = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
+
+    for name, weight in core.items():
+        assert torch.allclose(loaded[name], weight, atol=1e-5), name
+    assert any((core[name] - full[name]).abs().max() > 1e-3 for name in core)
 
 
 def test_provenance_has_no_time_and_reads_back(workspace):
     make_base()
     make_stage("one", load_base(), "lora", "0")
-    merge = Merge(weights={"one": 1.0}, dtype="float32")
-    base, stages = open_stages(["one"])
-    merge_into(workspace / "m.safetensors", base, stages, merge, {"format": "pt", "strata": json.dumps({"a": 1})})
-    with safe_open(workspace / "m.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["strata"]) == {"a": 1}
+    merge = Merge(weights={"one": 1.0}, outputs=["model", "delta", "adapter"])
+    metadata = {"format": "pt", "strata": json.dumps({"a": 1})}
+    write(Merged(*open_stages(["one"]), merge), workspace, metadata)
+    for name in ("model.safetensors", "delta.safetensors", "adapter/adapter_model.safetensors"):
+        with safe_open(workspace / name, "pt") as file:
+            assert file.metadata() == metadata
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"method": "tie"}, "did you mean ties"),
-        ({"method": "linear", "density": 0.5}, "merge.density means nothing to method 'linear'"),
+        ({"method": "tie"}, "merge.method 'tie' is not known; did you mean ties?"),
+        ({"method": "linear", "parameters": {"density": 0.5}}, "merge.parameters.density means nothing to method"),
+        ({"method": "ties", "parameters": {"densty": 0.5}}, "did you mean density?"),
+        ({"method": "ties", "parameters": {"density": 1.5}}, "density is 1.5; it should be between 0 and 1"),
+        ({"method": "ties", "parameters": {"density": {"one": [0.5, 2]}}}, "density.one is 2; it should be between"),
+        ({"method": "ties", "parameters": {"normalize": 2.5}}, "normalize is 2.5; it should be a valid boolean"),
+        (
+            {"method": "ties", "parameters": {"density": {"on": 0.5}}},
+            "density.on names no merged stage; did you mean one?",
+        ),
+        ({"method": "ties", "parameters": {"normalize": {"one": True}}}, "is one setting for all stages"),
+        ({"method": "ties", "parameters": {"weight": 1.0}}, "weights go under merge.weights"),
+        ({"method": "slerp"}, "merge.parameters.t is missing; method 'slerp' needs it"),
         ({"method": "nuslerp"}, "merge.weights has 1 stages, which method 'nuslerp' does not take"),
+        (
+            {"method": "slerp", "parameters": {"t": 0.5}, "weights": {"one": 1.0, "two": 1.0}},
+            "merge.weights has 2 stages, which method 'slerp' does not take",
+        ),
         ({"method": "karcher", "weights": {"one": 0.5}}, "set them all to 1.0"),
     ],
 )
 def test_settings_that_a_method_cannot_take_are_refused(settings, sentence):
     with pytest.raises(MistakeError) as mistake:
-        find_method(Merge(**({"weights": {"one": 1.0}} | settings)))
-    assert sentence in str(mistake.value)
+        find_kernel(Merge(**({"weights": {"one": 1.0}} | settings)))
+    assert str(mistake.value).startswith("params.yaml: merge.") and sentence in str(mistake.value)
 
 
-def test_every_method_that_weights_and_density_can_drive_merges_mixed_stages(workspace):
-    from mergekit.merge_methods import registered_methods
-
+def test_what_mergekit_itself_refuses_is_one_sentence():
     make_base()
-    for name, chosen in itertools.zip_longest(("one", "two"), ("0-2", "1-3")):
-        make_stage(name, load_base(), "lora", chosen)
-    base = load_file(BASE / "model.safetensors")
-    tried = []
-    for method in registered_methods():
-        merge = Merge(method=method.spec.name, weights={"one": 1.0, "two": 1.0}, dtype="float32")
-        try:
-            find_method(merge)
-        except MistakeError:
-            continue
-        found = merged(workspace / "m.safetensors", **merge.model_dump())
-        tried.append(method.spec.name)
-        assert any(not torch.equal(found[name], base[name]) for name in base), method.spec.name
-    assert {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce", "karcher"} <= set(tried)
+    make_stage("one", load_base(), "lora", "0")
+    with pytest.raises(MistakeError, match=r"merge.method 'della' cannot merge .* \(Epsilon must be chosen"):
+        merged(method="della", parameters={"density": 0.9, "epsilon": 0.2}, weights={"one": 1.0})
 
 
-def test_a_stage_that_is_not_finite_is_refused_and_leaves_no_file(workspace):
+def test_filters_that_leave_a_tensor_without_a_weight_are_a_mistake():
     make_base()
-    make_stage("bad", load_base(), "lora", "0", size=float("inf"))
+    make_stage("one", load_base(), "lora", "0")
+    with pytest.raises(MistakeError, match=r"merge.weights has no value for .*; end the list with a value"):
+        merged(weights={"one": [{"filter": "mlp", "value": 1.0}]})
+
+
+@pytest.mark.parametrize(("method", "processes"), [("lora", 1), ("lora", 2), ("full", 1)])
+def test_a_stage_that_is_not_finite_is_refused_and_leaves_no_file(method, processes):
+    make_base()
+    make_stage("bad", load_base(), method, "0", size=float("inf"))
     with pytest.raises(MistakeError, match=r"bad is not finite"):
-        merged(workspace / "m.safetensors", weights={"bad": 1.0})
-    assert not (workspace / "m.safetensors").exists()
+        merged(weights={"bad": 1.0}, processes=processes)
+    assert not list(Path("merged").glob("*.safetensors*"))
+
+
+def test_a_failed_merge_keeps_the_last_one(project, monkeypatch):
+    make_base()
+    make_stage("sums", load_base(), "lora", "0")
+    make_stage("words", load_base(), "lora", "0", parent="sums")
+    merge_stage.main()
+    before = Path("merged/model.safetensors").read_bytes()
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("task_arithmetic", "della\n  parameters: {density: 0.9, epsilon: 0.2}"))
+    with pytest.raises(MistakeError, match="cannot merge"):
+        merge_stage.main()
+    assert Path("merged/model.safetensors").read_bytes() == before

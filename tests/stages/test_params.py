@@ -30,7 +30,7 @@ MISTAKES = {
     "dotted name": ("  sums:\n    source", "  a.b:\n    source", "datasets.a.b is no usable name;"),
     "reserved name": ("  sums:\n    parent", "  base:\n    parent", "stages.base is a reserved name"),
     "weight of no stage": ("    words: 1.0", "    wrods: 1.0", "merge.weights.wrods names 'wrods'"),
-    "weight in words": ("    words: 1.0", "    words: much", "merge.weights.words is 'much'; it should be number"),
+    "weight in words": ("    words: 1.0", "    words: much", "merge.weights.words is 'much'; it should be a number"),
     "no weights": ("  weights:\n    sums: 1.0\n    words: 1.0\n", "", "merge.weights is missing; add it"),
     "text for a number": ("lr: 1.0e-2\n    steps: 4", "lr: fast\n    steps: 4", "stages.words.lr is 'fast'"),
     "negative rate": ("lr: 1.0e-2\n    steps: 4", "lr: -1.0\n    steps: 4", "it should be greater than 0"),
@@ -40,7 +40,16 @@ MISTAKES = {
     "unknown source": ("source: file\n    path: sums", "source: web\n    path: sums", "datasets.sums.source 'web'"),
     "replay of nothing": ("    rank: 4", "    replay: 0.5", "stages.sums.replay has nothing to replay"),
     "replay of all": ("replay: 0.25", "replay: 1.0", "stages.words.replay is 1.0; it should be less than 1"),
-    "density above one": ("  method: task_arithmetic", "  density: 1.5", "merge.density is 1.5"),
+    "filter without value": (
+        "    words: 1.0",
+        "    words: [{filter: mlp}]",
+        "merge.weights.words is [{'filter': 'mlp'}]; it should be a number, a list of numbers",
+    ),
+    "unknown output": (
+        "  dtype: float32\nev",
+        "  outputs: [lora]\nev",
+        "merge.outputs.0 is 'lora'; it should be",
+    ),
     "dtype of the base": ("dtype: float32", "dtype: int8", "base.dtype is 'int8'; it should be 'auto', 'float32' or"),
     "hub without a split": (
         "source: file\n    path: sums.jsonl",

@@ -1,0 +1,197 @@
+"""The merged model as a virtual checkpoint: base plus a combination of the stages' deltas, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from mergekit.config import evaluate_setting
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from stages.errors import MistakeError
+from stages.files import MERGED
+from stages.layers import layer_stack, place
+from stages.merging.core_space import merge_in_core
+from stages.merging.kernels import Values, find_kernel, settings_of
+from stages.params import Merge
+from stages.weights.adapter import Factors, Tensors
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+from stages.weights.tensor_file import DTYPES, NAMES, Specification
+
+# They commute with rotations, so that low-rank deltas can be merged in their small core with the same result.
+ROTATION_FREE = {"tsv_m", "iso_c", "iso_cts", "svc"}
+
+
+class Merged:
+    """What `merge` of params.yaml makes of a base and its stages; nothing is written.
+
+    Args:
+        base: the model that all stages go back to.
+        stages: those of `merge.weights`, opened.
+        merge: the section of params.yaml.
+
+    Raises:
+        MistakeError: the settings do not fit the method.
+    """
+
+    def __init__(self, base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> None:
+        self.name, self.base, self.merge = "merged", base, merge
+        self.stages = sorted(stages, key=lambda stage: stage.name)
+        self._kernel = find_kernel(merge)
+        self._scale = settings_of(merge.depth_scaling)
+
+    @cached_property
+    def modules(self) -> dict[str, list[str]]:
+        """Parameters of each module: the base's, and those of tied modules that a stage unties."""
+        untied = {path: self.base.parameters(path) for path in self.base.untied_by(self.adapted())}
+        return {**self.base.modules, **untied}
+
+    def adapted(self) -> set[str]:
+        """Modules that a merged stage adapts."""
+        return {path for stage in self.stages for path in stage.adapter.modules}
+
+    def changed(self) -> list[str]:
+        """Modules that may differ from the base's file."""
+        return sorted(self.adapted() | self.base.untied_by(self.adapted()))
+
+    def names(self, paths: Iterable[str]) -> list[str]:
+        """Full names of the parameters of some modules."""
+        return [f"{path}.{parameter}" for path in paths for parameter in self.modules[path]]
+
+    def specification(self, name: str) -> Specification:
+        """Shape and safetensors dtype of one tensor of the file: `merge.dtype` for all that is floating-point."""
+        shape, stored = self.base.specification(name)
+        return shape, NAMES[getattr(torch, self.merge.dtype)] if DTYPES[stored].is_floating_point else stored
+
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor as the file holds it: merged, then rounded once to its dtype."""
+        path, _, parameter = name.rpartition(".")
+        return self.module(path)[parameter].to(DTYPES[self.specification(name)[1]])
+
+    def module(self, path: str) -> Tensors:
+        """Merged parameters of module `path`, in float32; those that no stage changes are the base's.
+
+        Raises:
+            MistakeError: the merge of one of them is not finite.
+        """
+        weights = self.base.module(path)
+        stages = [stage for stage in self.stages if path in stage.adapter.modules]
+        return {parameter: self._parameter(path, parameter, weight, stages) for parameter, weight in weights.items()}
+
+    def factors(self, path: str) -> Factors | None:
+        """The merged delta of the weight of `path` as left [rows, r] @ right [r, columns], if it has that form.
+
+        A sum of low-rank deltas has it, and so has every merge in core space (arXiv 2509.17786).
+        """
+        stages = [stage for stage in self.stages if path in stage.adapter.modules]
+        found = {stage.name: stage.adapter.factors(path) for stage in stages}
+        factors = {name: pair for name, pair in found.items() if pair is not None and pair[0].any()}
+        if not factors or any(pair is None for pair in found.values()):
+            return None
+        name = f"{path}.weight"
+        values = self._values(name, list(factors))
+        coefficients = self._coefficients(values, list(factors))
+        scale = self._depth_scale(name)
+        if coefficients is not None:
+            lefts = [scale * coefficients[stage] * left for stage, (left, _) in factors.items()]
+            return torch.cat(lefts, 1), torch.cat([right for _, right in factors.values()])
+        if self._in_core:
+            left, right = merge_in_core(factors, lambda cores: self._merge_cores(name, cores, values))
+            return scale * left, right
+        return None
+
+    def is_low_rank(self, path: str) -> bool:
+        """Whether `factors` has an answer for this module."""
+        stages = [stage for stage in self.stages if path in stage.adapter.modules]
+        sums = self.merge.method in ("task_arithmetic", "linear")
+        return all(stage.adapter.is_low_rank(path) for stage in stages) and (sums or self._in_core)
+
+    def rank(self, path: str) -> int | None:
+        """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
+
+        It is `merge.adapter.rank`, else the sum of the stages' ranks; whole are modules that are no weight
+        matrices, and those of which a stage trained every weight.
+        """
+        if not isinstance(self.base.skeleton.get_submodule(path), nn.Linear | Conv1D):
+            return None
+        ranks = [stage.adapter.rank(path) for stage in self.stages if path in stage.adapter.modules]
+        total = sum(rank for rank in ranks if rank) if ranks and all(ranks) else None
+        return self.merge.adapter.rank or total
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether the weight is [in, out], as GPT-2 has it."""
+        return isinstance(self.base.skeleton.get_submodule(path), Conv1D)
+
+    @property
+    def _in_core(self) -> bool:
+        return self.merge.space == "core" or self.merge.method in ROTATION_FREE
+
+    def _parameter(
+        self, path: str, parameter: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]
+    ) -> torch.Tensor:
+        name = f"{path}.{parameter}"
+        factors = self.factors(path) if parameter == "weight" and stages else None
+        if factors is not None:
+            return self._finite(name, torch.addmm(weight, *factors))
+        models = {stage.name: stage.alone(path)[parameter] for stage in stages}
+        models = {stage: model for stage, model in models.items() if not torch.equal(model, weight)}
+        if not models:
+            return weight
+        values, scale = self._values(name, list(models)), self._depth_scale(name)
+        coefficients = self._coefficients(values, list(models))
+        if coefficients is not None:
+            merged = weight.clone()
+            for stage, model in models.items():
+                merged.add_(model - weight, alpha=scale * coefficients[stage])
+        else:
+            merged = self._kernel.run(name, weight, models, values)
+            merged = merged if scale == 1 else torch.lerp(weight, merged, scale)
+        return self._finite(name, merged)
+
+    def _merge_cores(self, name: str, cores: dict[str, torch.Tensor], values: Values) -> torch.Tensor:
+        return self._kernel.run(name, torch.zeros_like(next(iter(cores.values()))), cores, values)
+
+    def _values(self, name: str, touching: list[str]) -> Values:
+        return self._kernel.values(name, self._depth(name), self._kernel.participants(touching))
+
+    def _coefficients(self, values: Values, touching: list[str]) -> dict[str, float] | None:
+        """What each delta is multiplied with where the merge is base + Σ cᵢΔᵢ; None where it is not.
+
+        So is task arithmetic (arXiv 2212.04089), and linear (arXiv 2203.05482) where its weights sum to 1.
+        """
+        if self.merge.method not in ("task_arithmetic", "linear"):
+            return None
+        total = sum(values["weight"].values())
+        if self.merge.method == "linear" and (total == 0 if values["normalize"] else total != 1):
+            return None
+        divisor = total if values["normalize"] and abs(total) >= 1e-8 else 1.0
+        return {stage: values["weight"][stage] * values.get("lambda", 1.0) / divisor for stage in touching}
+
+    def _depth(self, name: str) -> float:
+        """mergekit's `t`: from 0 in the first layer to 1 in the last, and 0 outside the layers."""
+        layer, _ = place(name.rpartition(".")[0], self._stack)
+        return max(0, layer) / max(1, self.base.skeleton.config.num_hidden_layers - 1)
+
+    def _depth_scale(self, name: str) -> float:
+        return evaluate_setting(name, self._scale, self._depth(name), validate=float)
+
+    @cached_property
+    def _stack(self) -> str:
+        return layer_stack(self.base.skeleton)
+
+    def _finite(self, name: str, merged: torch.Tensor) -> torch.Tensor:
+        if not torch.linalg.vector_norm(merged).isfinite():
+            listed = ", ".join(stage.name for stage in self.stages if name.rpartition(".")[0] in stage.adapter.modules)
+            raise MistakeError(
+                f"checkpoints: the merge of {name} from {listed} is not finite; train that stage again with a lower lr"
+            )
+        return merged
+
+
+def open_merged(base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> Checkpoint | Merged:
+    """The merged model: its file, or where `merge.outputs` does not ask for one, the merge computed when asked."""
+    if "model" in merge.outputs:
+        return Checkpoint(MERGED, "merged")
+    return Merged(base, stages, merge)
