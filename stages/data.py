@@ -1,6 +1,6 @@
 """Fetch one dataset and split it: `python -m stages.data NAME`.
 
-Writes data/NAME/train.jsonl and eval.jsonl, which share no question, and reports/data/NAME.json.
+Writes data/NAME/train.jsonl, eval.jsonl and tune.jsonl, which share no question, and reports/data/NAME.json.
 """
 
 import json
@@ -8,7 +8,6 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,18 @@ from stages.records import Record, answer, check, question
 
 
 def main(name: str) -> None:
-    """Write both splits of dataset `name` and its counts."""
+    """Write the splits of dataset `name` and its counts."""
     settings = params.load()
     dataset = settings.datasets[name]
     where = f"params.yaml: datasets.{name}"
-    train, evaluation = split(distinct(read(dataset, f"{settings.seed}/{name}", where)), dataset, where)
+    splits = split(distinct(read(dataset, f"{settings.seed}/{name}", where)), dataset, where)
     with publish(DATA / name) as folder:
-        for file, records in (("train.jsonl", train), ("eval.jsonl", evaluation)):
+        for part, records in splits.items():
             lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
-            write_text(folder / file, "".join(lines))
-    counts = {
-        "train": len(train),
-        "eval": len(evaluation),
-        "train_characters": sum(map(_characters, train)),
-        "eval_characters": sum(map(_characters, evaluation)),
-        "sha256": sha256([DATA / name / "train.jsonl", DATA / name / "eval.jsonl"]),
-    }
+            write_text(folder / f"{part}.jsonl", "".join(lines))
+    counts: dict[str, Any] = {part: len(records) for part, records in splits.items()}
+    counts |= {f"{part}_characters": sum(map(_characters, records)) for part, records in splits.items()}
+    counts["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in splits)
     write_json(REPORTS / "data" / f"{name}.json", {name: counts})
 
 
@@ -62,7 +57,7 @@ def from_reasoning_gym(dataset: params.ReasoningGym, seed: str, where: str) -> I
         tasks = list(
             reasoning_gym.create_dataset(
                 dataset.task,
-                size=4 * (dataset.train + dataset.eval),
+                size=4 * (dataset.train + dataset.eval + dataset.tune),
                 seed=random.Random(seed).randrange(2**31),
                 **dataset.config,
             )
@@ -125,21 +120,25 @@ def distinct(records: Iterable[Record]) -> Iterator[Record]:
             yield record
 
 
-def split(records: Iterator[Record], dataset: params.Dataset, where: str) -> tuple[list[Record], list[Record]]:
-    """The first `eval` records for evaluation, the next `train` (or all the rest) for training.
+def split(records: Iterator[Record], dataset: params.Dataset, where: str) -> dict[str, list[Record]]:
+    """The first `eval` records for evaluation, the last `tune` for searching the merge, the rest to train on.
 
     Raises:
         MistakeError: the source has too few different records.
     """
-    evaluation = list(islice(records, dataset.eval))
-    train = list(islice(records, dataset.train))
-    wanted = dataset.eval + (dataset.train or 1)
-    if len(evaluation) + len(train) < wanted:
+    found = list(records)
+    wanted = dataset.eval + dataset.tune + (dataset.train or 1)
+    if len(found) < wanted:
         raise MistakeError(
-            f"{where} has {len(evaluation) + len(train)} different records, but train and eval"
-            f" together ask for {wanted}; lower them or widen the task"
+            f"{where} has {len(found)} different records, but train, eval and tune together ask for {wanted};"
+            " lower them or widen the task"
         )
-    return train, evaluation
+    evaluation, rest, tuning = (
+        found[: dataset.eval],
+        found[dataset.eval : len(found) - dataset.tune],
+        found[len(found) - dataset.tune :],
+    )
+    return {"train": rest[: dataset.train], "eval": evaluation, "tune": tuning}
 
 
 def _shuffled(records: Iterable[Record], seed: str) -> Iterator[Record]:

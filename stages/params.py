@@ -42,15 +42,17 @@ class ReasoningGym(Settings):
     config: dict[str, Any] = {}
     train: int = Field(gt=0)
     eval: int = Field(gt=0)
+    tune: int = Field(default=0, ge=0)
 
 
 class LocalFile(Settings):
-    """Records in a jsonl, csv or parquet file; `train: null` takes all that `eval` leaves."""
+    """Records in a jsonl, csv or parquet file; `train: null` takes all that `eval` and `tune` leave."""
 
     source: Literal["file"]
     path: str
     train: int | None = Field(default=None, gt=0)
     eval: int = Field(gt=0)
+    tune: int = Field(default=0, ge=0)
 
 
 class Hub(Settings):
@@ -63,6 +65,7 @@ class Hub(Settings):
     split: str = "train"
     train: int | None = Field(default=None, gt=0)
     eval: int = Field(gt=0)
+    tune: int = Field(default=0, ge=0)
 
 
 Dataset = ReasoningGym | LocalFile | Hub
@@ -86,6 +89,12 @@ def _check_parameter(setting: Any) -> Any:
     for part in setting.values() if isinstance(setting, dict) else [setting]:
         _check_setting(part)
     return setting
+
+
+def _check_range(ends: list[float]) -> list[float]:
+    if not ends[0] < ends[1]:
+        raise ValueError("a lower and a higher number")
+    return ends
 
 
 Setting = Annotated[Any, AfterValidator(_check_setting)]
@@ -119,6 +128,24 @@ class Merge(Settings):
     seed: int = Field(default=0, ge=0)
 
 
+Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_check_range)]
+
+
+class Search(Settings):
+    """What `python -m stages.search` may change of the merge, and how often it tries.
+
+    `groups` is how many weights each stage gets over the depth of the model, `weights` and `density` are the ranges
+    to search, `methods` those to choose from: what params.yaml says stays as it is where they are not given.
+    """
+
+    trials: int = Field(default=60, gt=0)
+    groups: int = Field(default=1, gt=0)
+    weights: Range = [0.0, 1.5]
+    density: Range | None = None
+    methods: list[str] | None = Field(default=None, min_length=1)
+    measure: Literal["loss", "accuracy"] = "loss"
+
+
 class Evaluate(Settings):
     """Bounds of the evaluation; answers longer than `max_new_tokens` are cut and count as wrong."""
 
@@ -135,6 +162,7 @@ class Params(BaseModel):
     datasets: dict[str, Dataset]
     stages: dict[str, Stage]
     merge: Merge
+    search: Search
     evaluate: Evaluate
 
     def ancestors(self, name: str) -> list[str]:
@@ -150,7 +178,7 @@ def load(path: Path = PARAMS) -> Params:
         MistakeError: for the first mistake found.
     """
     content = _read(path)
-    _known_keys(content, ["seed", "threads", "base", "datasets", "stages", "merge", "evaluate"], path, "")
+    _known_keys(content, ["seed", "threads", "base", "datasets", "stages", "merge", "search", "evaluate"], path, "")
     params = Params.model_construct(
         seed=_value(content, "seed", Annotated[int, Field(ge=0)], path),
         threads=_value(content, "threads", Annotated[int, Field(gt=0)], path),
@@ -164,6 +192,7 @@ def load(path: Path = PARAMS) -> Params:
             for name, item in _named(content, "stages", path).items()
         },
         merge=_settings(content, "merge", Merge, path),
+        search=_settings({"search": {}} | content, "search", Search, path),
         evaluate=_settings(content, "evaluate", Evaluate, path),
     )
     _check_references(params, path)

@@ -50,7 +50,7 @@ def answer(record: Record) -> str | None:
 
 
 def load_split(name: str, part: str) -> list[Record]:
-    """Records of one split (`train` or `eval`) of dataset `name`, as the data stage left them."""
+    """Records of one split (`train`, `eval` or `tune`) of dataset `name`, as the data stage left them."""
     with (DATA / name / f"{part}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

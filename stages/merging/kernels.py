@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mergekit.config import ConditionalParameter, ParameterSetting
-from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope, merge_tensors, registered_methods
+from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope, get, merge_tensors, registered_methods
 from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
@@ -170,6 +170,11 @@ def find_kernel(merge: Merge) -> Kernel:
     kernel = Kernel(method, merge, shared, by_stage)
     _check_required(kernel)
     return kernel
+
+
+def parameters_of(name: str) -> set[str]:
+    """Names of the parameters of the method `name`, which is registered."""
+    return _parameters(get(name))
 
 
 def _check_known(key: str, method: MergeMethod) -> None:

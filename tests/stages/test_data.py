@@ -26,7 +26,8 @@ def write_rows(path, rows=ROWS):
 def read(path, **keys):
     dataset = params.LocalFile(source="file", path=path, **({"eval": 5} | keys))
     records = data.distinct(data.read(dataset, "0/x", "params.yaml: datasets.x"))
-    return data.split(records, dataset, "params.yaml: datasets.x")
+    splits = data.split(records, dataset, "params.yaml: datasets.x")
+    return splits["train"], splits["eval"]
 
 
 @pytest.mark.parametrize("path", ["rows.jsonl", "rows.csv", "rows.parquet"])
@@ -51,6 +52,20 @@ def test_splits_share_no_question_even_when_answers_differ():
     train, evaluation = read("rows.jsonl")
     assert len(train) + len(evaluation) == 30
     assert not {question(r) for r in train} & {question(r) for r in evaluation}
+
+
+@pytest.mark.parametrize("train", [None, 12])
+def test_a_tuning_split_shares_no_question_and_leaves_train_and_eval_as_they_are(train):
+    write_rows("rows.jsonl", ROWS)
+    dataset = params.LocalFile(source="file", path="rows.jsonl", eval=5, tune=4, train=train)
+    splits = data.split(iter(ROWS), dataset, "")
+    without = data.split(iter(ROWS), dataset.model_copy(update={"tune": 0}), "")
+    assert [len(splits[part]) for part in ("train", "eval", "tune")] == [train or 21, 5, 4]
+    assert len({question(record) for records in splits.values() for record in records}) == sum(
+        map(len, splits.values())
+    )
+    assert splits["eval"] == without["eval"] and splits["train"] == without["train"][: len(splits["train"])]
+    assert without["tune"] == []
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,7 @@ def test_a_bad_record_is_named_by_its_line(line, sentence):
     [
         ({"path": "none.jsonl"}, "datasets.x.path 'none.jsonl' is not a file"),
         ({"path": "rows.txt"}, "is no .jsonl, .csv or .parquet file; convert it"),
-        ({"path": "rows.jsonl", "train": 26}, "has 30 different records, but train and eval together ask for 31"),
+        ({"path": "rows.jsonl", "train": 26}, "has 30 different records, but train, eval and tune together ask for 31"),
         ({"path": "rows.jsonl", "eval": 30}, "has 30 different records"),
     ],
 )
@@ -116,7 +131,8 @@ def test_reasoning_gym_gives_distinct_tasks_that_its_scorer_accepts():
     dataset = params.ReasoningGym(
         source="reasoning_gym", task="chain_sum", config={"min_terms": 2, "max_terms": 2}, train=20, eval=10
     )
-    train, evaluation = data.split(data.distinct(data.read(dataset, "0/x", "")), dataset, "")
+    splits = data.split(data.distinct(data.read(dataset, "0/x", "")), dataset, "")
+    train, evaluation = splits["train"], splits["eval"]
     assert (len(train), len(evaluation)) == (20, 10)
     assert len({question(r) for r in train + evaluation}) == 30
     scorer = reasoning_gym.get_score_answer_fn("chain_sum")
