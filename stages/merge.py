@@ -5,6 +5,7 @@ with the base's config and tokenizer), a PEFT adapter (adapter/), the delta alon
 its provenance in `__metadata__`, and lineage.json has the same facts.
 """
 
+import gc
 import importlib.metadata
 import json
 import multiprocessing
@@ -142,6 +143,7 @@ def in_processes(writer: Writer, paths: list[str], processes: int) -> Iterator[P
         mapped: Callable[..., Iterator[Part | None]] = map
         if processes > 1:
             # Forked workers inherit the opened checkpoints and files; nothing but names is sent to them.
+            gc.freeze()  # the garbage collector would write to the pages that they share
             context = multiprocessing.get_context("fork")
             pool = stack.enter_context(ProcessPoolExecutor(processes, context, _adopt, (writer,)))
             write, mapped = _write, pool.map

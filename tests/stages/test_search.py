@@ -32,7 +32,7 @@ def best_at(target):
 def searched(project):
     """The tiny project, trained, with tuning splits."""
     text = Path("params.yaml").read_text().replace("eval: 10\n", "eval: 10\n    tune: 6\n")
-    text = text.replace("steps: 4\n    replay: 0.25", "steps: 40")
+    text = text.replace("steps: 4\n    replay: 0.25", "steps: 40").replace("method: ln", "method: lora\n    rank: 4")
     Path("params.yaml").write_text(text.replace("evaluate:\n", "search: {trials: 4, groups: 2}\nevaluate:\n"))
     base.main()
     for name in ("sums", "words"):
