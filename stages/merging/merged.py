@@ -23,6 +23,10 @@ from stages.weights.tensor_file import DTYPES, NAMES, Specification
 # They commute with rotations, so that low-rank deltas can be merged in their small core with the same result.
 ROTATION_FREE = {"tsv_m", "iso_c", "iso_cts", "svc"}
 
+# Fitting a DoRA alternates between row scales and a low-rank part, and may put a row of unusual size into the latter
+# for good (1 of 168 matrices of the default pipeline did): directions to spare leave room for the others.
+SPARE = 2
+
 
 class Merged:
     """What `merge` of params.yaml makes of a base and its stages; nothing is written.
@@ -111,13 +115,13 @@ class Merged:
     def rank(self, path: str) -> int | None:
         """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
 
-        It is `merge.adapter.rank`, else the sum of the stages' ranks; whole are modules that are no weight
+        It is `merge.adapter.rank`, else the sum of the stages' ranks and a little more; whole are modules that are no weight
         matrices, and those of which a stage trained every weight.
         """
         if not isinstance(self.base.skeleton.get_submodule(path), nn.Linear | Conv1D):
             return None
         ranks = [stage.adapter.rank(path) for stage in self.stages if path in stage.adapter.modules]
-        total = sum(rank for rank in ranks if rank) if ranks and all(ranks) else None
+        total = sum(rank for rank in ranks if rank) + SPARE if ranks and all(ranks) else None
         return self.merge.adapter.rank or total
 
     def is_transposed(self, path: str) -> bool:

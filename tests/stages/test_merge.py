@@ -156,8 +156,8 @@ def test_a_stage_that_trains_only_the_tied_head_unties_it():
 
 def test_outputs_can_be_had_one_by_one():
     make_base()
-    make_stage("one", load_base(), "lora", "0-1", rank=4)
-    make_stage("two", load_base(), "dora", "1-2", rank=4)
+    make_stage("one", load_base(), "lora", "0-1", rank=4, size=0.01)
+    make_stage("two", load_base(), "dora", "1-2", rank=4, size=0.01)
     settings = {"weights": {"one": 1.0, "two": 1.0}, "dtype": "float32"}
     model = merged("model", outputs=["model"], **settings)
     merged("delta", outputs=["delta"], **settings)
@@ -190,7 +190,7 @@ def test_whole_modules_are_saved_where_a_stage_trained_every_weight():
 def test_an_adapter_that_misses_the_merge_is_refused_and_nothing_is_written(workspace):
     make_base()
     for name in ("one", "two"):
-        make_stage(name, load_base(), "lora", "0-1")
+        make_stage(name, load_base(), "lora", "0-1", rank=2)
     with pytest.raises(MistakeError, match=r"merge.adapter.tolerance is 0.0001, but the adapter misses"):
         merged(
             method="ties",
