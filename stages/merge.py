@@ -144,6 +144,7 @@ def in_processes(writer: Writer, paths: list[str], processes: int) -> Iterator[P
         if processes > 1:
             # Forked workers inherit the opened checkpoints and files; nothing but names is sent to them.
             gc.freeze()  # the garbage collector would write to the pages that they share
+            stack.callback(gc.unfreeze)
             context = multiprocessing.get_context("fork")
             pool = stack.enter_context(ProcessPoolExecutor(processes, context, _adopt, (writer,)))
             write, mapped = _write, pool.map
