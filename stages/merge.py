@@ -107,12 +107,14 @@ class Writer:
         dtype = DTYPES[self._merged.specification(name)[1]]
         self._files["model"].put_pieces(name, (piece.to(dtype) for piece in file.pieces(stored)))
 
-    def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part:
+    def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:
         """The module as an adapter: LoRA where the merge is low-rank, DoRA where it is not, else all of its weights."""
+        before = self._base.module(path)
+        if all(torch.equal(values, before[name]) for name, values in weights.items()):
+            return None  # its stages have no weight here, or cancel
         rank = self._merged.rank(path)
         if rank is None:
             return path, None, save({name: values.contiguous() for name, values in weights.items()})
-        before = self._base.module(path)
         transposed = self._merged.is_transposed(path)
         base, target = (w["weight"].T if transposed else w["weight"] for w in (before, weights))
         factors = self._merged.factors(path)

@@ -115,8 +115,8 @@ class Merged:
     def rank(self, path: str) -> int | None:
         """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
 
-        It is `merge.adapter.rank`, else the sum of the stages' ranks and a little more; whole are modules that are no weight
-        matrices, and those of which a stage trained every weight.
+        It is `merge.adapter.rank`, else the sum of the stages' ranks and a little more; whole are modules that are
+        no weight matrices, and those of which a stage trained every weight.
         """
         if not isinstance(self.base.skeleton.get_submodule(path), nn.Linear | Conv1D):
             return None

@@ -200,6 +200,15 @@ def test_an_adapter_that_misses_the_merge_is_refused_and_nothing_is_written(work
         )
 
 
+def test_an_adapter_leaves_out_modules_whose_stages_have_no_weight():
+    make_base()
+    make_stage("one", load_base(), "dora", "0-1", rank=2, size=0.01)
+    weights = {"one": [{"filter": "mlp", "value": 0.0}, {"value": 1.0}]}
+    merged(weights=weights, outputs=["adapter"])
+    keys = load_file("merged/adapter/adapter_model.safetensors")
+    assert keys and not any("mlp" in key for key in keys)
+
+
 def test_a_merge_in_core_space_is_one_adapter_exactly():
     make_base("gpt2")
     for name in ("one", "two"):
