@@ -61,7 +61,7 @@ def clone(project):
 def test_run_change_and_go_back(clone):
     everything = {
         *("base", "data@sums", "data@words", "train@sums", "train@words", "train@side"),
-        *("pick@sums", "pick@words", "pick@side", "merge", "evaluate", "report"),
+        *("pick@sums", "pick@words", "pick@side", "merge", "score", "evaluate", "report"),
     }
     after_merge = {"merge", "evaluate", "report"}
     assert ran(dvc("repro")) == everything
@@ -80,7 +80,7 @@ def test_run_change_and_go_back(clone):
     assert sha256([Path("merged/model.safetensors")]) != first["merged/model.safetensors"]
     output = dvc("exp", "run", "-S", "merge.method=task_arithmetic", "-S", "stages.sums.lr=5e-3")
     changed = {"sums", "words"}  # the stage and its child, and not the branch beside them
-    assert ran(output) == {f"{step}@{name}" for step in ("train", "pick") for name in changed} | after_merge
+    assert ran(output) == {f"{step}@{name}" for step in ("train", "pick") for name in changed} | after_merge | {"score"}
 
     subprocess.run(["git", "reset", "-q", "--hard"], check=True)
     dvc("checkout", "--force")
