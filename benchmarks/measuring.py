@@ -108,7 +108,10 @@ class _Memory:
         if len(family) > 1 and (family != self._family or time.perf_counter() > self._next):
             maps = [sizes for pid in family if (sizes := _read(pid, "smaps_rollup", "Anonymous", "Pss_Anon"))]
             self._counted_twice = sum(sizes["Anonymous"] - sizes["Pss_Anon"] for sizes in maps)
-            self._family, self._next = family, time.perf_counter() + SHARING_SECONDS
+            if family != list(_tree(self._pid)):
+                return  # one was born in between: what it shares is not known before the next sample
+            settled = SHARING_SECONDS if family == self._family else 0
+            self._family, self._next = family, time.perf_counter() + settled
         shared = self._counted_twice if len(now) > 1 else 0
         anonymous = max(0, sum(sizes["RssAnon"] for sizes in now) - shared - self._imports.anonymous)
         mapped = sum(max(0, sizes["VmRSS"] - sizes["RssAnon"] - self._imports.mapped) for sizes in now)

@@ -23,6 +23,8 @@ from stages.weights.tensor_file import DTYPES, NAMES, Specification
 # They commute with rotations, so that low-rank deltas can be merged in their small core with the same result.
 ROTATION_FREE = {"tsv_m", "iso_c", "iso_cts", "svc"}
 
+SUMS = {"task_arithmetic", "linear"}  # linear where its weights sum to 1
+
 # Fitting a DoRA alternates between row scales and a low-rank part, and may put a row of unusual size into the latter
 # for good (1 of 168 matrices of the default pipeline did): directions to spare leave room for the others.
 SPARE = 2
@@ -109,8 +111,7 @@ class Merged:
     def is_low_rank(self, path: str) -> bool:
         """Whether `factors` has an answer for this module."""
         stages = [stage for stage in self.stages if path in stage.adapter.modules]
-        sums = self.merge.method in ("task_arithmetic", "linear")
-        return all(stage.adapter.is_low_rank(path) for stage in stages) and (sums or self._in_core)
+        return all(stage.adapter.is_low_rank(path) for stage in stages) and (self.merge.method in SUMS or self._in_core)
 
     def rank(self, path: str) -> int | None:
         """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
@@ -136,23 +137,40 @@ class Merged:
         self, path: str, parameter: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]
     ) -> torch.Tensor:
         name = f"{path}.{parameter}"
-        factors = self.factors(path) if parameter == "weight" and stages else None
-        if factors is not None:
+        if self.merge.method in SUMS and (merged := self._sum(name, weight, stages)) is not None:
+            return self._finite(name, merged)
+        if parameter == "weight" and self._in_core and (factors := self.factors(path)):
             return self._finite(name, torch.addmm(weight, *factors))
         models = {stage.name: stage.alone(path)[parameter] for stage in stages}
         models = {stage: model for stage, model in models.items() if not torch.equal(model, weight)}
         if not models:
             return weight
         values, scale = self._values(name, list(models)), self._depth_scale(name)
-        coefficients = self._coefficients(values, list(models))
-        if coefficients is not None:
-            merged = weight.clone()
-            for stage, model in models.items():
-                merged.add_(model - weight, alpha=scale * coefficients[stage])
-        else:
-            merged = self._kernel.run(name, weight, models, values)
-            merged = merged if scale == 1 else torch.lerp(weight, merged, scale)
+        merged = self._kernel.run(name, weight, models, values)
+        merged = merged if scale == 1 else torch.lerp(weight, merged, scale)
         return self._finite(name, merged)
+
+    def _sum(self, name: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]) -> torch.Tensor | None:
+        """Base + Σ cᵢΔᵢ, low-rank deltas straight from their factors; None where the method is no such sum."""
+        path, _, parameter = name.rpartition(".")
+        deltas: dict[str, Factors | torch.Tensor] = {}
+        for stage in stages:
+            factors = stage.adapter.factors(path) if parameter == "weight" else None
+            changed = stage.alone(path)[parameter] - weight if factors is None else factors[0]
+            if changed.any():
+                deltas[stage.name] = factors or changed
+        if not deltas:
+            return weight
+        coefficients = self._coefficients(self._values(name, list(deltas)), list(deltas))
+        if coefficients is None:
+            return None
+        merged, scale = weight.clone(), self._depth_scale(name)
+        for name, delta in deltas.items():
+            if isinstance(delta, tuple):
+                merged.addmm_(*delta, alpha=scale * coefficients[name])
+            else:
+                merged.add_(delta, alpha=scale * coefficients[name])
+        return merged
 
     def _merge_cores(self, name: str, cores: dict[str, torch.Tensor], values: Values) -> torch.Tensor:
         return self._kernel.run(name, torch.zeros_like(next(iter(cores.values()))), cores, values)
@@ -165,7 +183,7 @@ class Merged:
 
         So is task arithmetic (arXiv 2212.04089), and linear (arXiv 2203.05482) where its weights sum to 1.
         """
-        if self.merge.method not in ("task_arithmetic", "linear"):
+        if self.merge.method not in SUMS:
             return None
         total = sum(values["weight"].values())
         if self.merge.method == "linear" and (total == 0 if values["normalize"] else total != 1):
