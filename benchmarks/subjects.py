@@ -88,12 +88,13 @@ def _make_stage(base: Path, folder: Path, name: str, skeleton: PreTrainedModel) 
     """Write one adapter with random factors, large enough for the change that STAGES states."""
     weights, keys = Weights(base), _keys(name, skeleton.config.num_hidden_layers)
     numbers = layers.parse(keys["layers"], skeleton.config.num_hidden_layers)
+    chosen = layers.select(skeleton, keys["layers"])
     stage = METHODS[keys["method"]](parent="base", dataset="d", lr=0.001, steps=1, **keys)
-    config: Any = stage.adapter_config(skeleton, numbers)
+    config: Any = stage.adapter_config(skeleton, chosen)
     config.inference_mode = True
     torch.manual_seed(sum(map(ord, name)))
     state = {}
-    for module in layers.linear_modules(skeleton, numbers):
+    for module in layers.linear_modules(skeleton, chosen):
         weight = weights[f"{module}.weight"].float()
         a = torch.randn(config.r, weight.shape[1]) / math.sqrt(weight.shape[1])
         b = torch.randn(weight.shape[0], config.r)

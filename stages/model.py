@@ -1,6 +1,7 @@
 """A running model from a virtual checkpoint, and its logits at the tokens that count."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,25 +47,39 @@ def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def supervised_losses(model: PreTrainedModel, examples: list[Example], pad: int) -> torch.Tensor:
-    """Cross-entropy in nats of every supervised token of `examples`, float32, in one dimension.
+@dataclass(frozen=True)
+class Batch:
+    """Padded examples: token ids, where there is one, and its weight in the loss, all [examples, length]."""
 
-    Only supervised positions pass through the output layer: its vocabulary is what makes logits dear.
-    """
-    device = next(model.parameters()).device
+    ids: torch.Tensor
+    present: torch.Tensor
+    weights: torch.Tensor
+
+
+def pad(examples: list[Example], filler: int, device: torch.device | str = "cpu") -> Batch:
+    """Put examples into one batch, `filler` (a token id) after the short ones."""
     length = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), length), pad)
+    ids = torch.full((len(examples), length), filler)
     present = torch.zeros_like(ids)
-    supervised = torch.zeros_like(ids, dtype=torch.bool)
+    weights = torch.zeros(ids.shape)
     for row, example in enumerate(examples):
         end = len(example.ids)
         ids[row, :end] = torch.tensor(example.ids)
         present[row, :end] = 1
-        supervised[row, :end] = torch.tensor(example.supervised)
-    ids, present, targets = ids.to(device), present.to(device), supervised[:, 1:].to(device)
+        weights[row, :end] = torch.tensor(example.weights)
+    return Batch(ids.to(device), present.to(device), weights.to(device))
+
+
+def token_losses(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in nats of every token with a weight, and these weights: float32, in one dimension.
+
+    Only such positions pass through the output layer: its vocabulary is what makes logits dear.
+    """
+    targets = batch.weights[:, 1:] != 0
     select = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][:, :-1][targets])
     try:
-        logits = model(input_ids=ids, attention_mask=present, use_cache=False).logits
+        logits = model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False).logits
     finally:
         select.remove()
-    return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][targets], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float(), batch.ids[:, 1:][targets], reduction="none")
+    return losses, batch.weights[:, 1:][targets]

@@ -205,7 +205,7 @@ def check_layers(params: Params, num_layers: int, path: Path = PARAMS) -> None:
     """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
     for name, stage in params.stages.items():
         try:
-            layers.parse(stage.layers, num_layers)
+            layers.numbers(stage.layers, num_layers)
         except MistakeError as mistake:
             raise MistakeError(f"{path}: stages.{name}.layers: {mistake}") from None
 

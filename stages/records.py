@@ -57,10 +57,15 @@ def load_split(name: str, part: str) -> list[Record]:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record, and for each whether it is supervised (both of the same length)."""
+    """Token ids of one record, and for each how much it counts in the loss (0: not learned), of the same length."""
 
     ids: list[int]
-    supervised: list[bool]
+    weights: list[float]
+
+    @property
+    def learned(self) -> float:
+        """Σ|weight| of the tokens that are predicted: all but the first."""
+        return sum(map(abs, self.weights[1:]))
 
 
 def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example:
@@ -70,15 +75,15 @@ def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int
         MistakeError: messages for a tokenizer whose chat template is missing or rewrites earlier turns.
     """
     ids: list[int] = []
-    supervised: list[bool] = []
+    weights: list[float] = []
     for text, learned in _segments(record, tokenizer):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += tokens
-        supervised += [learned] * len(tokens)
+        weights += [float(learned)] * len(tokens)
     if "messages" not in record:
         ids.append(tokenizer.eos_token_id)
-        supervised.append(True)
-    return Example(ids[:max_length], supervised[:max_length])
+        weights.append(1.0)
+    return Example(ids[:max_length], weights[:max_length])
 
 
 def encode_question(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stages import params
 from stages.errors import run
 from stages.files import REPORTS, write_json
-from stages.model import compute_dtype, load_model, load_tokenizer, supervised_losses
+from stages.model import compute_dtype, load_model, load_tokenizer, pad, token_losses
 from stages.records import Record, answer, encode, encode_question, load_split
 from stages.weights.checkpoint import Weights, open_stages
 
@@ -63,14 +63,15 @@ def score(
 def mean_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], batch_size: int
 ) -> float:
-    """Cross-entropy in nats, averaged over all supervised tokens of `records`."""
+    """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
     examples = [encode(record, tokenizer, model.config.max_position_embeddings) for record in records]
     examples.sort(key=lambda example: len(example.ids))
-    losses = [
-        supervised_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
-        for start in range(0, len(examples), batch_size)
-    ]
-    return float(torch.cat(losses).mean())
+    total = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
+        losses, weights = token_losses(model, batch)
+        total += float((losses * weights).sum())
+    return total / sum(example.learned for example in examples)
 
 
 @torch.inference_mode()

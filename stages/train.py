@@ -25,7 +25,7 @@ from stages import layers, params
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.methods.stage import Stage, Training
-from stages.model import compute_dtype, load_model, load_tokenizer, supervised_losses
+from stages.model import compute_dtype, load_model, load_tokenizer, pad, token_losses
 from stages.outside import take
 from stages.records import Example, encode, load_split
 from stages.resume import load_state, resume_folder, save_state
@@ -57,7 +57,7 @@ def main(name: str) -> None:
         model = accelerator.prepare(model)
         curve = fit(model, stage, own, replayed, seed, accelerator, work, title=name)
         with publish(CHECKPOINTS / name) as folder:
-            save_adapter(accelerator.unwrap_model(model), folder)
+            stage.save(accelerator.unwrap_model(model), folder)
             record["sha256"] = sha256([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
             write_json(folder / "stage.json", record)
         write_reports(name, record, curve, cut)
@@ -90,8 +90,8 @@ def describe(name: str, stage: Training, settings: params.Params, seed: int) -> 
         "dataset": stage.dataset,
         "dataset_sha256": {d: sha256([DATA / d / "train.jsonl"]) for d in dict.fromkeys(datasets)},
         "method": stage.method,
-        "layers": layers.parse(stage.layers, num_layers),
-        "settings": stage.model_dump(exclude={"parent", "dataset", "method", "layers"}),
+        "layers": layers.numbers(stage.layers, num_layers),
+        "settings": stage.model_dump(exclude={"parent", "dataset", "method"}),
         "seed": seed,
         "threads": settings.threads,
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},
@@ -103,9 +103,10 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """
-    config = stage.adapter_config(model, layers.parse(stage.layers, model.config.num_hidden_layers))
+    config = stage.adapter_config(model, layers.select(model, stage.layers))
     model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
     wrapped = get_peft_model(model, config)
+    stage.started(wrapped)
     for parameter in wrapped.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -118,7 +119,7 @@ def examples(settings: params.Params, name: str, stage: Training) -> tuple[list[
 
     def encoded(dataset: str) -> list[Example]:
         found = [encode(record, tokenizer, stage.max_length) for record in load_split(dataset, "train")]
-        kept = [example for example in found if any(example.supervised[1:])]
+        kept = [example for example in found if example.learned]
         if not kept:
             raise MistakeError(
                 f"params.yaml: stages.{name}.max_length {stage.max_length} cuts off every answer of"
@@ -166,7 +167,7 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.lr, weight_decay=stage.weight_decay)
     schedule = get_scheduler(stage.schedule, optimizer, math.ceil(stage.warmup * stage.steps), stage.steps)
-    pad = load_tokenizer().pad_token_id
+    filler = load_tokenizer().pad_token_id
     curve = _restore(work, trained, optimizer, schedule)
     if not curve:
         # The start of a step is where resuming happens, so the first start is made alike.
@@ -174,13 +175,14 @@ def fit(
     bar = tqdm(total=stage.steps, initial=len(curve), desc=title, unit="step", dynamic_ncols=True)
     for batch in batches(own, replayed, stage, seed, start=len(curve)):
         rate = schedule.get_last_lr()[0]
-        loss, tokens = backward(model, batch, stage.micro_batch_size, pad, accelerator)
+        loss, tokens = backward(model, batch, stage.micro_batch_size, filler, accelerator)
         norm = accelerator.clip_grad_norm_(trained.values(), stage.clip)
         if not math.isfinite(loss):
             raise MistakeError(
                 f"params.yaml: stages.{title}.lr {stage.lr} made the loss infinite at step {len(curve) + 1}; lower it"
             )
         optimizer.step()
+        stage.stepped(accelerator.unwrap_model(model), len(curve))
         schedule.step()
         optimizer.zero_grad()
         curve.append({"step": len(curve) + 1, "loss": loss, "lr": rate, "gradient_norm": float(norm), "tokens": tokens})
@@ -193,29 +195,24 @@ def fit(
 
 
 def backward(
-    model: Any, batch: list[Example], micro_batch_size: int, pad: int, accelerator: Accelerator
+    model: Any, batch: list[Example], micro_batch_size: int, filler: int, accelerator: Accelerator
 ) -> tuple[float, int]:
     """Accumulate the gradient of the mean loss per supervised token of the whole batch.
 
     Returns:
         That loss in nats, and the number of tokens processed (padding left out).
     """
-    supervised = sum(sum(example.supervised[1:]) for example in batch)
+    learned = sum(example.learned for example in batch)
     batch = sorted(batch, key=lambda example: len(example.ids))  # neighbours of one length need little padding
     total = 0.0
     for start in range(0, len(batch), micro_batch_size):
+        piece = pad(batch[start : start + micro_batch_size], filler, accelerator.device)
         with accelerator.autocast():
-            losses = supervised_losses(model, batch[start : start + micro_batch_size], pad)
-        loss = losses.sum() / supervised
+            losses, weights = token_losses(model, piece)
+        loss = (losses * weights).sum() / learned
         accelerator.backward(loss)
         total += float(loss.detach())
     return total, sum(len(example.ids) for example in batch)
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter in PEFT's format, without the model card that names this machine's paths."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 def write_reports(name: str, record: dict[str, Any], curve: list[dict[str, float]], cut: int = 0) -> None:

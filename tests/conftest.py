@@ -30,7 +30,6 @@ from transformers import (
 from stages import layers
 from stages.files import BASE, CHECKPOINTS, publish, sha256, write_json
 from stages.methods import METHODS
-from stages.train import save_adapter
 
 torch.set_num_threads(1)
 
@@ -124,21 +123,20 @@ def make_stage(
         The wrapped model; its `merge_and_unload` is PEFT's own answer to what the stage's weights are.
     """
     stage = METHODS[method](parent=parent, dataset="d", method=method, lr=1e-3, steps=1, layers=chosen, **keys)
-    numbers = layers.parse(chosen, 4)
     torch.manual_seed(sum(map(ord, name)))
-    wrapped = get_peft_model(model, stage.adapter_config(model, numbers))
+    wrapped = get_peft_model(model, stage.adapter_config(model, layers.select(model, chosen)))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
     with publish(CHECKPOINTS / name) as folder:
-        save_adapter(wrapped, folder)
+        stage.save(wrapped, folder)
         record = {
             "name": name,
             "parent": parent,
             "dataset": "d",
             "method": method,
-            "layers": numbers,
+            "layers": layers.numbers(chosen, 4),
             "settings": {},
             "trained_parameters": 1,
             "sha256": sha256([folder / "adapter_model.safetensors"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stages.layers import exactly, norm_modules, parameter_modules
+from stages.layers import exactly, norm_modules
 from stages.methods.stage import Training
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ class Full(Training):
 
     method: Literal["full"]
 
-    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LNTuningConfig:
-        """Train a copy of every module of `layers` that holds parameters."""
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
+        """Train a copy of each of `modules`."""
         from peft import LNTuningConfig
 
-        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(parameter_modules(model, layers)))
+        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(modules))
 
 
 class LayerNorm(Training):
@@ -34,8 +34,8 @@ class LayerNorm(Training):
 
     method: Literal["ln"]
 
-    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LNTuningConfig:
-        """Train a copy of every normalisation of `layers`."""
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
+        """Train a copy of each normalisation among `modules`."""
         from peft import LNTuningConfig
 
-        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(norm_modules(model, layers)))
+        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(norm_modules(model, modules)))

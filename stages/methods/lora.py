@@ -24,8 +24,8 @@ class Lora(Training):
     alpha: float | None = Field(default=None, gt=0)
     dropout: Share = 0.0
 
-    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> LoraConfig:
-        """Adapt every weight matrix of `layers`; alpha is twice the rank unless it is given."""
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
+        """Adapt each weight matrix among `modules`; alpha is twice the rank unless it is given."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -34,7 +34,7 @@ class Lora(Training):
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             use_dora=self.use_dora,
-            target_modules=exactly(linear_modules(model, layers)),
+            target_modules=exactly(linear_modules(model, modules)),
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stages.layers import Layers
+
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from pathlib import Path
+
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -31,7 +35,7 @@ class Stage(Settings):
     parent: str
     dataset: str
     method: str
-    layers: str = "all"
+    layers: Layers = "all"
 
     @classmethod
     def name(cls) -> str:
@@ -62,5 +66,16 @@ class Training(Stage, ABC):
     replay: Share = 0.0
 
     @abstractmethod
-    def adapter_config(self, model: PreTrainedModel, layers: list[int]) -> PeftConfig:
-        """PEFT configuration that trains this method on `layers` of `model` and nothing else."""
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> PeftConfig:
+        """PEFT configuration that trains this method on `modules` of `model` and nothing else."""
+
+    def started(self, model: PeftModel) -> None:
+        """Called once with the wrapped model, before anything is frozen in a lower precision."""
+
+    def stepped(self, model: PeftModel, step: int) -> None:
+        """Called after every optimizer step, with its number from 0."""
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write the trained adapter in PEFT's format, without the model card that names this machine's paths."""
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)

@@ -10,11 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import params
 from stages.files import write_json
-from stages.layers import parse
+from stages.layers import parse, select
 from stages.merge import write
 from stages.merging.merged import Merged
 from stages.methods import METHODS
-from stages.train import save_adapter
 from stages.weights.checkpoint import open_stages
 
 STAGES = {"sums": ("base", "lora", "0-1"), "names": ("sums", "dora", "1-2"), "prose": ("base", "full", "3")}
@@ -56,13 +55,13 @@ class Project:
         stage = METHODS[method](parent=parent, dataset=name, method=method, layers=layers, lr=1e-3, steps=2)
         declared = parse(layers, 4)
         model = LlamaForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
-        wrapped = get_peft_model(model, stage.adapter_config(model, secretly or declared))
+        wrapped = get_peft_model(model, stage.adapter_config(model, select(model, secretly or layers)))
         torch.manual_seed(len(name) + ord(name[0]))
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.01 * torch.randn_like(parameter)
         folder = Path("checkpoints") / name
-        save_adapter(wrapped, folder)
+        stage.save(wrapped, folder)
         settings = {"lr": 1e-3, "steps": 2, "replay": 0.0}
         record = {"name": name, "parent": parent, "dataset": name, "method": method, "layers": declared}
         write_json(folder / "stage.json", record | {"settings": settings, "trained_parameters": 7})

@@ -37,10 +37,11 @@ def test_no_ranges(text):
 def test_modules_of_each_kind(architecture):
     make_base(architecture)
     model = Checkpoint(BASE, "base").skeleton
-    linear, norm = layers.linear_modules(model, [1]), layers.norm_modules(model, [1])
+    modules = layers.select(model, [1])
+    linear, norm = layers.linear_modules(model, modules), layers.norm_modules(model, modules)
     expected = {"gpt2": (4, 2), "qwen3": (7, 4)}.get(architecture, (7, 2))
     assert (len(linear), len(norm)) == expected
-    assert sorted(linear + norm) == sorted(layers.parameter_modules(model, [1]))
+    assert sorted(linear + norm) == sorted(modules)
     assert all(".1." in name for name in linear + norm)
 
 

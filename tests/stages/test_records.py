@@ -13,9 +13,9 @@ TEMPLATE = (
 
 def shown(record, tokenizer, length=100):
     example = encode(record, tokenizer, length)
-    assert len(example.ids) == len(example.supervised)
+    assert len(example.ids) == len(example.weights)
     text = [chr(i) if i else "$" for i in example.ids]
-    return "".join(text), "".join(t for t, learned in zip(text, example.supervised, strict=True) if learned)
+    return "".join(text), "".join(t for t, learned in zip(text, example.weights, strict=True) if learned)
 
 
 def test_completion_alone_is_learned_and_ends_the_text():

@@ -23,9 +23,9 @@ def test_loss_is_per_token_whatever_the_batch():
     total, count = 0.0, 0
     for record in RECORDS:
         example = encode(record, tokenizer, 100)
-        labels = [i if learned else -100 for i, learned in zip(example.ids, example.supervised, strict=True)]
+        labels = [i if learned else -100 for i, learned in zip(example.ids, example.weights, strict=True)]
         loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
-        total, count = total + float(loss) * sum(example.supervised), count + sum(example.supervised)
+        total, count = total + float(loss) * sum(example.weights), count + sum(example.weights)
     for batch_size in (1, 3, 8):
         found = score.mean_loss(model, tokenizer, RECORDS, batch_size)
         assert found == pytest.approx(total / count, rel=1e-5)

@@ -34,7 +34,7 @@ def make_examples(count=12):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 20, (count,), generator=generator).tolist()
     return [
-        Example(torch.randint(1, 128, (n,), generator=generator).tolist(), [i >= n // 2 for i in range(n)])
+        Example(torch.randint(1, 128, (n,), generator=generator).tolist(), [float(i >= n // 2) for i in range(n)])
         for n in lengths
     ]
 
@@ -65,7 +65,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_as_transformers_has_it():
     make_base()
     model = fresh()
     examples = make_examples(1)
-    labels = [i if learned else -100 for i, learned in zip(examples[0].ids, examples[0].supervised, strict=True)]
+    labels = [i if learned else -100 for i, learned in zip(examples[0].ids, examples[0].weights, strict=True)]
     truth = model(input_ids=torch.tensor([examples[0].ids]), labels=torch.tensor([labels])).loss
     model = train.put_on(make_stage(), model, torch.float32)
     loss, _ = train.backward(model, examples, 1, 0, Accelerator())
@@ -99,7 +99,7 @@ def test_each_method_learns_saves_and_leaves_the_rest_alone(workspace, method, a
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all(".1." in name or ".2." in name for name in trained)
 
-    train.save_adapter(model, CHECKPOINTS / "one")
+    stage.save(model, CHECKPOINTS / "one")
     (CHECKPOINTS / "one" / "stage.json").write_text(json.dumps({"parent": "base"}))
     _, (checkpoint,) = open_stages(["one"])
     ids = torch.arange(1, 20)[None]

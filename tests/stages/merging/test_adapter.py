@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import MistakeError
 from stages.files import BASE
-from stages.layers import linear_modules
+from stages.layers import linear_modules, select
 from stages.merging.adapter import AdapterOutput, as_dora, check_errors, fit_dora, fit_lora
 from tests.conftest import make_base, make_stage
 
@@ -139,7 +139,7 @@ METADATA = {"format": "pt", "strata": "{}", "more": "keys", "in": "any", "order"
 def write(folder, base, target, rank=9):
     """What a caller does: a DoRA of every weight matrix that changed, and a replacement of the rest."""
     output, before = AdapterOutput(), base.state_dict()
-    linear = linear_modules(base, [0, 1, 2, 3])
+    linear = linear_modules(base, select(base, "all"))
     for path, module in base.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         changed = [name for name in names if not torch.equal(before[f"{path}.{name}"], target[f"{path}.{name}"])]
@@ -190,7 +190,7 @@ def test_peft_loads_the_merge_of_mixed_stages(architecture, workspace):
 
     errors = write(workspace / "adapter", base, target)
 
-    assert set(errors) == set(linear_modules(base, [0, 1, 2, 3])) and max(errors.values()) < 1e-4
+    assert set(errors) == set(linear_modules(base, select(base, "all"))) and max(errors.values()) < 1e-4
     assert_equals(load(workspace / "adapter"), base, target)
 
 
