@@ -99,21 +99,20 @@ class _Memory:
     def __init__(self, pid: int, imports: Imports) -> None:
         self.anonymous = self.total = 0
         self._pid, self._imports = pid, imports
-        self._family: list[int] = []
-        self._counted_twice, self._next = 0, 0.0
+        self._members, self._counted_twice, self._next = 1, 0, 0.0
 
     def sample(self) -> None:
         family = list(_tree(self._pid))
         now = [sizes for pid in family if (sizes := _read(pid, "status", "RssAnon", "VmRSS"))]
-        if len(family) > 1 and (family != self._family or time.perf_counter() > self._next):
+        if len(now) > 1 and (len(now) != self._members or time.perf_counter() > self._next):
+            # Here the shares are added up, for a process that begins or ends in between would be counted in part.
             maps = [sizes for pid in family if (sizes := _read(pid, "smaps_rollup", "Anonymous", "Pss_Anon"))]
-            self._counted_twice = sum(sizes["Anonymous"] - sizes["Pss_Anon"] for sizes in maps)
-            if family != list(_tree(self._pid)):
-                return  # one was born in between: what it shares is not known before the next sample
-            settled = SHARING_SECONDS if family == self._family else 0
-            self._family, self._next = family, time.perf_counter() + settled
-        shared = self._counted_twice if len(now) > 1 else 0
-        anonymous = max(0, sum(sizes["RssAnon"] for sizes in now) - shared - self._imports.anonymous)
+            held = sum(sizes["Pss_Anon"] for sizes in maps)
+            self._counted_twice = sum(sizes["Anonymous"] for sizes in maps) - held
+            self._members, self._next = len(maps), time.perf_counter() + SHARING_SECONDS
+        else:
+            held = sum(sizes["RssAnon"] for sizes in now) - (self._counted_twice if len(now) > 1 else 0)
+        anonymous = max(0, held - self._imports.anonymous)
         mapped = sum(max(0, sizes["VmRSS"] - sizes["RssAnon"] - self._imports.mapped) for sizes in now)
         self.anonymous = max(self.anonymous, anonymous)
         self.total = max(self.total, anonymous + mapped)

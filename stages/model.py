@@ -3,8 +3,10 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -70,16 +72,40 @@ def pad(examples: list[Example], filler: int, device: torch.device | str = "cpu"
     return Batch(ids.to(device), present.to(device), weights.to(device))
 
 
-def token_losses(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+CHUNK = 1024  # tokens whose logits are in memory at once
+RESCALED = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # configs of models that change their logits
+
+
+def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats of every token with a weight, and these weights: float32, in one dimension.
 
-    Only such positions pass through the output layer: its vocabulary is what makes logits dear.
+    Only such positions pass through the output layer, CHUNK of them at a time, and their logits are computed again
+    for the gradient: the vocabulary is what makes logits dear.
     """
     targets = batch.weights[:, 1:] != 0
-    select = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][:, :-1][targets])
+    words, weights = batch.ids[:, 1:][targets], batch.weights[:, 1:][targets]
+    chunked = len(words) > CHUNK and not any(getattr(model.config, key, None) for key in RESCALED)
+    hidden: list[torch.Tensor] = []
+
+    def select(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        hidden.append(inputs[0][:, :-1][targets])
+        return hidden[0][:0] if chunked else hidden[0]
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(select)
     try:
         logits = model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False).logits
     finally:
-        select.remove()
-    losses = torch.nn.functional.cross_entropy(logits.float(), batch.ids[:, 1:][targets], reduction="none")
-    return losses, batch.weights[:, 1:][targets]
+        hook.remove()
+    if not chunked:
+        return _cross_entropy(logits, words), weights
+
+    def losses(part: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return _cross_entropy(head(part), words)
+
+    parts = zip(hidden[0].split(CHUNK), words.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(losses, part, word, use_reentrant=False) for part, word in parts]), weights
+
+
+def _cross_entropy(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), words, reduction="none")

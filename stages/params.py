@@ -22,6 +22,7 @@ from stages.methods.stage import Settings, Stage, Training
 PARAMS = Path("params.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 RESERVED = {"base", "merged", "picked"}
+PROTECTABLE = ["full", "lora"]  # methods whose change of a weight matrix can be kept off what others read
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -154,10 +155,16 @@ class Evaluate(Settings):
 
 
 class Params(BaseModel):
-    """All of params.yaml."""
+    """All of params.yaml.
+
+    `launch` starts the training: `python`, or `accelerate launch …` for several processes. `prefix_cache` is how many
+    GB on disk may hold what frozen layers made of a batch; 0 turns it off.
+    """
 
     seed: int
     threads: int
+    launch: str
+    prefix_cache: float
     base: Base
     datasets: dict[str, Dataset]
     stages: dict[str, Stage]
@@ -178,10 +185,17 @@ def load(path: Path = PARAMS) -> Params:
         MistakeError: for the first mistake found.
     """
     content = _read(path)
-    _known_keys(content, ["seed", "threads", "base", "datasets", "stages", "merge", "search", "evaluate"], path, "")
+    _known_keys(
+        content,
+        ["seed", "threads", "launch", "prefix_cache", "base", "datasets", "stages", "merge", "search", "evaluate"],
+        path,
+        "",
+    )
     params = Params.model_construct(
         seed=_value(content, "seed", Annotated[int, Field(ge=0)], path),
         threads=_value(content, "threads", Annotated[int, Field(gt=0)], path),
+        launch=_value({"launch": "python"} | content, "launch", str, path),
+        prefix_cache=_value({"prefix_cache": 2.0} | content, "prefix_cache", Annotated[float, Field(ge=0)], path),
         base=_settings(content, "base", Base, path),
         datasets={
             name: _choose(item, f"datasets.{name}", "source", SOURCES, path)
@@ -303,10 +317,23 @@ def _check_references(params: Params, path: Path) -> None:
     for name in params.merge.weights:
         _one_of(name, list(params.stages), f"merge.weights.{name}", "a stage", path)
     for name, stage in params.stages.items():
+        if isinstance(stage, Training):
+            _check_protection(params, name, stage, path)
         if isinstance(stage, Training) and stage.replay and not params.ancestors(name):
             raise MistakeError(
                 f"{path}: stages.{name}.replay has nothing to replay, for its parent is base; remove the key"
             )
+
+
+def _check_protection(params: Params, name: str, stage: Training, path: Path) -> None:
+    for other in stage.protect:
+        _one_of(other, params.ancestors(name), f"stages.{name}.protect", "one of its ancestors", path)
+        if not getattr(params.stages[other], "remember", 0):
+            raise MistakeError(f"{path}: stages.{other}.remember is missing; protecting it needs, say, 0.99")
+    if stage.protect and stage.method not in PROTECTABLE:
+        raise MistakeError(
+            f"{path}: stages.{name}.protect does not go with method {stage.method!r}; choose {' or '.join(PROTECTABLE)}"
+        )
 
 
 def _one_of(name: str, known: list[str], where: str, what: str, path: Path) -> None:

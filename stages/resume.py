@@ -13,23 +13,41 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def scratch(name: str) -> Path:
+    """A folder that outlives a run, in the main repository even from DVC's temporary workspaces."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / name
+
 
 @contextmanager
-def resume_folder(key: dict[str, Any]) -> Iterator[Path]:
-    """Yield the locked folder of this key; it is removed when the block ends without an error."""
+def resume_folder(key: dict[str, Any], accelerator: "Accelerator | None" = None) -> Iterator[Path]:
+    """Yield the locked folder of this key; it is removed when the block ends without an error.
+
+    Of several processes the main one locks and removes it, and the others wait for it.
+    """
+    leads = accelerator is None or accelerator.is_main_process
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "resume" / digest
+    folder = scratch("resume") / digest
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if leads:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if accelerator:
+            accelerator.wait_for_everyone()
         yield folder
-    shutil.rmtree(folder)
+        if accelerator:
+            accelerator.wait_for_everyone()
+    if leads:
+        shutil.rmtree(folder)
 
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:

@@ -161,6 +161,7 @@ def make_outside(name: str, model: PreTrainedModel, config: PeftConfig, size: fl
 PARAMS = """\
 seed: 0
 threads: 1
+launch: python
 base:
   model: model
   dtype: float32

@@ -64,6 +64,12 @@ class Training(Stage, ABC):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     replay: Share = 0.0
+    surgery: Literal["upgrad", "pcgrad", "mgda", "aligned_mtl"] | None = None
+    protect: list[str] = []
+    remember: Share = 0.0
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = Field(default=None, gt=0)
+    gradient_checkpointing: bool = False
 
     @abstractmethod
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> PeftConfig:

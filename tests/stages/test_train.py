@@ -13,9 +13,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from stages import base, data, params, train
+from stages import base, data, loop, params, train
+from stages.batches import Source, derive_seed
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json, sha256
+from stages.loop import Run
 from stages.methods import METHODS
 from stages.model import load_model
 from stages.records import Example
@@ -43,9 +45,14 @@ def fresh():
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
 
 
-def fit(model, stage, work, own=None, precision="no"):
+def source(examples, count=4, name="d"):
+    return Source(name, examples, count, seed=3, order_seed=5)
+
+
+def fit(model, stage, work, own=None, precision="no", **settings):
     work.mkdir(parents=True, exist_ok=True)
-    return train.fit(model, stage, own or make_examples(), [], 0, Accelerator(mixed_precision=precision), work, "test")
+    accelerator = Accelerator(mixed_precision=precision)
+    return loop.fit(model, stage, [source(own or make_examples())], 0, accelerator, work, title="test", **settings)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
@@ -54,9 +61,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     for size in (12, 5, 1):
         torch.manual_seed(0)
         model = train.put_on(make_stage(), fresh(), torch.float32)
-        _, tokens = train.backward(model, make_examples(), size, 0, Accelerator())
+        Run(model, make_stage(micro_batch_size=size), Accelerator()).together([make_examples()])
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-        assert tokens == sum(len(example.ids) for example in make_examples())
     for other in gradients[1:]:
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients[0], other, strict=True))
 
@@ -68,7 +74,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_as_transformers_has_it():
     labels = [i if learned else -100 for i, learned in zip(examples[0].ids, examples[0].weights, strict=True)]
     truth = model(input_ids=torch.tensor([examples[0].ids]), labels=torch.tensor([labels])).loss
     model = train.put_on(make_stage(), model, torch.float32)
-    loss, _ = train.backward(model, examples, 1, 0, Accelerator())
+    loss = Run(model, make_stage(), Accelerator()).together([examples])
     assert loss == pytest.approx(float(truth), rel=1e-6)
 
 
@@ -120,18 +126,8 @@ def test_small_steps_on_a_bfloat16_base_are_not_rounded_away(workspace, method):
     assert min(moved) > 0.9
 
 
-def test_batches_replay_their_share_and_depend_on_their_number_alone():
-    own, others = make_examples(10), make_examples(6)
-    stage = make_stage(batch_size=4, replay=0.25, steps=30)
-    every = list(train.batches(own, others, stage, seed=3, start=0))
-    assert list(train.batches(own, others, stage, seed=3, start=17)) == every[17:]
-    first_pass = [example for batch in every[:10] for example in batch[:3]]
-    assert sorted(map(id, first_pass)) == sorted([id(e) for e in own] * 3)
-    assert all(batch[3] in others for batch in every)
-
-
 def test_stages_start_from_different_matrices():
-    seeds = {train.stage_seed(0, name) for name in ("a", "b")} | {train.stage_seed(1, "a")}
+    seeds = {derive_seed(0, name) for name in ("a", "b")} | {derive_seed(1, "a")}
     assert len(seeds) == 3
 
 

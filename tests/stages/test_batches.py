@@ -1,0 +1,43 @@
+"""Which examples go into which step."""
+
+from stages.batches import Source, apportion
+from stages.records import Example
+
+
+def make(count=10, size=4):
+    return Source(
+        "d", [Example([i] * (1 + i % 3), [1.0] * (1 + i % 3)) for i in range(count)], size, seed=1, order_seed=2
+    )
+
+
+def names(batch):
+    return sorted(example.ids[0] for example in batch)
+
+
+def test_a_pass_sees_every_example_and_the_next_has_the_same_batches_in_another_order():
+    source = make(12)
+    first, second = ([tuple(names(source.batch(step))) for step in steps] for steps in (range(3), range(3, 6)))
+    assert sorted(name for batch in first for name in batch) == list(range(12))
+    assert sorted(first) == sorted(second)
+    orders = {tuple(tuple(names(source.batch(turn * 3 + i))) for i in range(3)) for turn in range(6)}
+    assert len(orders) > 1
+
+
+def test_the_last_batch_is_filled_up():
+    batches = [names(make(10).batch(step)) for step in range(3)]
+    assert {name for batch in batches for name in batch} == set(range(10))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+
+
+def test_more_room_than_examples():
+    assert len(make(3, 8).batch(0)) == 8
+
+
+def test_a_batch_is_a_function_of_its_number():
+    assert make().batch(17) == make().batch(17)
+
+
+def test_shares():
+    assert apportion({"a": 0.7, "b": 0.3}, 10) == {"a": 7, "b": 3}
+    assert apportion({"a": 1, "b": 1, "c": 1}, 16) == {"a": 6, "b": 5, "c": 5}
+    assert apportion({"a": 0.99, "b": 0.01}, 8) == {"a": 8, "b": 0}
