@@ -23,6 +23,11 @@ def compute_dtype() -> torch.dtype:
     return getattr(torch, read_json(BASE / "stage.json")["dtype"])
 
 
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_model(checkpoint: Weights, dtype: torch.dtype) -> PreTrainedModel:
     """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
     changed, base = checkpoint.changed(), checkpoint.base

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stages import params
 from stages.errors import run
 from stages.files import REPORTS, write_json
-from stages.model import compute_dtype, load_model, load_tokenizer, pad, token_losses
+from stages.model import compute_dtype, device, load_model, load_tokenizer, pad, token_losses
 from stages.records import Record, answer, encode, encode_question, load_split
 from stages.weights.checkpoint import Weights, open_stages
 
@@ -35,7 +35,7 @@ def score_all(checkpoints: list[Weights], settings: params.Params) -> Matrix:
     matrix: Matrix = {}
     with tqdm(total=len(checkpoints) * len(splits), desc="score", unit="cell", dynamic_ncols=True) as progress:
         for checkpoint in checkpoints:
-            model = load_model(checkpoint, dtype)
+            model = load_model(checkpoint, dtype).to(device())
             matrix[checkpoint.name] = {}
             for dataset, records in splits.items():
                 matrix[checkpoint.name][dataset] = score(model, tokenizer, records, settings.evaluate)

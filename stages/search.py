@@ -20,7 +20,7 @@ from stages.errors import MistakeError, run
 from stages.files import CHECKPOINTS, DATA, read_json, sha256, write_json
 from stages.merging.kernels import find_kernel, parameters_of
 from stages.merging.merged import Merged
-from stages.model import compute_dtype, load_model, load_tokenizer, set_weights
+from stages.model import compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.records import load_split
 from stages.resume import resume_folder
 from stages.score import mean_loss, score
@@ -136,9 +136,9 @@ class Trials:
         self._base, self._stages = open_stages(sorted(settings.merge.weights))
         self._tokenizer = load_tokenizer()
         self._records = {name: load_split(settings.stages[name].dataset, "tune") for name in settings.merge.weights}
-        self._before = self._score(load_model(self._base, compute_dtype()))
+        self._before = self._score(load_model(self._base, compute_dtype()).to(device()))
         self._learned = {
-            stage.name: self._score(load_model(stage, compute_dtype()), [stage.name])[stage.name]
+            stage.name: self._score(load_model(stage, compute_dtype()).to(device()), [stage.name])[stage.name]
             for stage in self._stages
         }
         for name, learned in self._learned.items():

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from stages import layers, params
 from stages.batches import REPLAY, Source, cut, derive_seed, sources
@@ -21,7 +22,7 @@ from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.loop import fit
 from stages.methods.stage import Stage, Training
-from stages.model import compute_dtype, load_model, load_tokenizer, pad
+from stages.model import compute_dtype, load_model, load_tokenizer, pad, set_weights
 from stages.outside import take
 from stages.prefix import Prefix
 from stages.records import Example, encode, load_split
@@ -49,7 +50,7 @@ def main(name: str) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     code = sha256(sorted(Path("stages").rglob("*.py")))
     with resume_folder(record | {"code": code}, accelerator) as work:
-        model = put_on(stage, load_model(open_checkpoint(stage.parent, {}), torch.float32), dtype)
+        model = put_on(stage, load_parent(stage, dtype), dtype)
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shown = sources(settings, name, stage, seed)
         model.to(accelerator.device)
@@ -96,8 +97,19 @@ def describe(name: str, stage: Training, settings: params.Params, seed: int) -> 
     }
 
 
+def load_parent(stage: Training, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that the stage starts from in `dtype`, the modules of its `layers` in float32."""
+    parent = open_checkpoint(stage.parent, {})
+    model = load_model(parent, dtype)
+    chosen = layers.select(model, stage.layers)
+    for path in chosen:
+        model.get_submodule(path).float()
+    set_weights(model, parent, chosen)
+    return model
+
+
 def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
-    """Wrap the float32 model in the stage's adapter, then hold what is frozen in `dtype`.
+    """Wrap the model in the stage's adapter, then hold what is frozen in `dtype`.
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """

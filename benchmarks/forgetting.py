@@ -1,0 +1,110 @@
+"""What a later stage leaves of an earlier one, and what keeps it: `python benchmarks/forgetting.py`.
+
+A first stage learns made-up facts, a second one other facts of the same form on the same layers: plainly, with
+`replay`, with `protect`, and with replay and `surgery`. For each: the loss on both sets of facts, in nats per token.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+import torch
+from tqdm import tqdm
+
+from stages import base, params, train
+from stages.files import write_json
+from stages.model import compute_dtype, load_model, load_tokenizer
+from stages.records import load_split
+from stages.score import mean_loss
+from stages.weights.checkpoint import open_stages
+
+FACTS = 48
+COMMON = {"method": "lora", "layers": "last 6", "rank": 8, "lr": 2e-3, "steps": 100, "schedule": "constant"}
+SECOND: dict[str, dict[str, Any]] = {  # how the second stage is trained
+    "plain": {},
+    "replay": {"replay": 0.25},
+    "protect": {"protect": ["first"]},
+    "surgery": {"replay": 0.25, "surgery": "upgrad"},
+}
+
+
+def write(folder: Path, seed: int) -> None:
+    """Write params.yaml (JSON is YAML) and the facts of both stages, which share no name."""
+    repository = params.load(ROOT / "params.yaml")
+    second = {name: COMMON | {"parent": "first", "dataset": "b"} | keys for name, keys in SECOND.items()}
+    source = {"source": "file", "path": "unused.jsonl", "eval": 1}
+    content = {
+        "seed": seed,
+        "threads": repository.threads,
+        "base": repository.base.model_dump(),
+        "datasets": {"a": source, "b": source},
+        "stages": {"first": COMMON | {"parent": "base", "dataset": "a", "remember": 0.99}} | second,
+        "merge": {"weights": {"first": 1.0}},
+        "evaluate": {},
+    }
+    write_json(folder / "params.yaml", content)
+    draw = random.Random(seed)
+    syllables = ["ba", "ko", "ri", "mu", "ta", "ze", "lo", "vi", "na", "do", "pe", "shu", "gri", "fal", "tor"]
+
+    def name(length: int) -> str:
+        return "".join(draw.choice(syllables) for _ in range(length)).capitalize()
+
+    for dataset in "ab":
+        (folder / "data" / dataset).mkdir(parents=True, exist_ok=True)
+        facts = [
+            {"prompt": f"The capital of the land of {name(3)} is", "completion": f" {name(2)}"} for _ in range(FACTS)
+        ]
+        for part in ("train", "eval", "tune"):
+            text = "".join(json.dumps(fact) + "\n" for fact in facts)
+            (folder / "data" / dataset / f"{part}.jsonl").write_text(text)
+
+
+def losses(name: str) -> dict[str, float]:
+    """Loss of a stage's effective weights on the facts of both."""
+    _, (stage,) = open_stages([name])
+    model, tokenizer = load_model(stage, compute_dtype()), load_tokenizer()
+    return {dataset: mean_loss(model, tokenizer, list(load_split(dataset, "train")), 16) for dataset in "ab"}
+
+
+def main() -> None:
+    """Train every variant for every seed and print a table: one cell per seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    output = arguments.output.resolve() if arguments.output else None
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("first", *SECOND)}
+    with tempfile.TemporaryDirectory(prefix="strata-") as folder:
+        os.chdir(folder)
+        for seed in tqdm(range(arguments.seeds), desc="seeds"):
+            write(Path(), seed)
+            if not Path("checkpoints/base").exists():
+                base.main()
+            for name in found:
+                train.main(name)
+                found[name].append(losses(name))
+    lines = ["| second stage | loss on the first's facts | loss on its own facts |", "|---|--:|--:|"]
+    for name, cells in found.items():
+        shown = [
+            f"{statistics.mean(cell[d] for cell in cells):.3f} ({', '.join(f'{cell[d]:.3f}' for cell in cells)})"
+            for d in "ab"
+        ]
+        lines.append(f"| {'(none yet)' if name == 'first' else name} | {' | '.join(shown)} |")
+    text = "\n".join(lines)
+    print(f"torch {torch.__version__}; mean (each seed)\n\n{text}")
+    if output:
+        output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
