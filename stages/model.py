@@ -28,11 +28,12 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_model(checkpoint: Weights, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(checkpoint: Weights, dtype: torch.dtype, place: torch.device | str = "cpu") -> PreTrainedModel:
     """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
     changed, base = checkpoint.changed(), checkpoint.base
     untied = {"tie_word_embeddings": False} if base.untied_by(changed) else {}
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **untied)
+    model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
     set_weights(model, checkpoint, changed)
     return model.eval()
 

@@ -5,6 +5,8 @@ per supervised token and, where there is an answer to compare with, the share of
 reports/scores.json.
 """
 
+from collections.abc import Sequence
+
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ def score_all(checkpoints: list[Weights], settings: params.Params) -> Matrix:
     matrix: Matrix = {}
     with tqdm(total=len(checkpoints) * len(splits), desc="score", unit="cell", dynamic_ncols=True) as progress:
         for checkpoint in checkpoints:
-            model = load_model(checkpoint, dtype).to(device())
+            model = load_model(checkpoint, dtype, device())
             matrix[checkpoint.name] = {}
             for dataset, records in splits.items():
                 matrix[checkpoint.name][dataset] = score(model, tokenizer, records, settings.evaluate)
@@ -46,7 +48,7 @@ def score_all(checkpoints: list[Weights], settings: params.Params) -> Matrix:
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: list[Record],
+    records: Sequence[Record],
     bounds: params.Evaluate,
 ) -> Cell:
     """Loss on all records, and accuracy on those that hold a reference answer."""
@@ -61,7 +63,7 @@ def score(
 
 @torch.inference_mode()
 def mean_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
 ) -> float:
     """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
     examples = [encode(record, tokenizer, model.config.max_position_embeddings) for record in records]
@@ -76,7 +78,7 @@ def mean_loss(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], bounds: params.Evaluate
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: params.Evaluate
 ) -> list[str]:
     """Greedy answers, each as long as the longest reference allows and at most `max_new_tokens`."""
     questions = [encode_question(record, tokenizer) for record in records]

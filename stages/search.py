@@ -136,9 +136,9 @@ class Trials:
         self._base, self._stages = open_stages(sorted(settings.merge.weights))
         self._tokenizer = load_tokenizer()
         self._records = {name: load_split(settings.stages[name].dataset, "tune") for name in settings.merge.weights}
-        self._before = self._score(load_model(self._base, compute_dtype()).to(device()))
+        self._before = self._score(load_model(self._base, compute_dtype(), device()))
         self._learned = {
-            stage.name: self._score(load_model(stage, compute_dtype()).to(device()), [stage.name])[stage.name]
+            stage.name: self._score(load_model(stage, compute_dtype(), device()), [stage.name])[stage.name]
             for stage in self._stages
         }
         for name, learned in self._learned.items():
@@ -147,7 +147,7 @@ class Trials:
                     f"params.yaml: stages.{name} gained nothing on the tuning split of its dataset; train it longer or"
                     " leave it out of merge.weights"
                 )
-        self._model = load_model(Merged(self._base, self._stages, settings.merge), compute_dtype())
+        self._model = load_model(Merged(self._base, self._stages, settings.merge), compute_dtype(), device())
 
     def retention(self, merge: params.Merge) -> Skills:
         """Share of its gain over the base that each stage's skill keeps in this merge."""
