@@ -1,11 +1,12 @@
 """Fetch the base model and keep it as safetensors, with its tokenizer: `python -m stages.base`."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from stages import params
 from stages.errors import MistakeError, run
@@ -31,6 +32,8 @@ def main() -> None:
         ) from None
     params.check_layers(params.load(), model.config.num_hidden_layers)
     _forget_quantisation(model)
+    if settings.add_biases:
+        model = add_biases(model)  # type: ignore[assignment]
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -78,6 +81,30 @@ def locate(settings: params.Base) -> dict[str, Any]:
             f"params.yaml: base.revision is missing; a hub model like {name!r} needs the commit to be repeatable"
         )
     return {"pretrained_model_name_or_path": name, "revision": settings.revision}
+
+
+def add_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with biases of zero wherever the architecture knows a flag for them.
+
+    Raises:
+        MistakeError: it knows none.
+    """
+    config = copy.deepcopy(model.config)
+    flags = [flag for flag in ("attention_bias", "mlp_bias") if getattr(config, flag, None) is False]
+    if not flags:
+        raise MistakeError(
+            f"params.yaml: base.add_biases is true, but {type(model).__name__} has no setting for biases;"
+            " remove the key"
+        )
+    for flag in flags:
+        setattr(config, flag, True)
+    biased = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    missing, _ = biased.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in missing:
+            if name.endswith(".bias"):
+                biased.get_parameter(name).zero_()
+    return biased
 
 
 def resolve_dtype(name: str) -> torch.dtype:

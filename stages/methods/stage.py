@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.layers import Layers
+from stages.errors import MistakeError
+from stages.layers import Layers, linear_modules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,3 +86,20 @@ class Training(Stage, ABC):
         """Write the trained adapter in PEFT's format, without the model card that names this machine's paths."""
         model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
+
+
+def plain_matrices(stage: Training, model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """The weight matrices among `modules`, where all are Linear.
+
+    Raises:
+        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method.
+    """
+    from torch import nn
+
+    matrices = linear_modules(model, modules)
+    if not all(isinstance(model.get_submodule(path), nn.Linear) for path in matrices):
+        raise MistakeError(
+            f"params.yaml: method {stage.method!r} (or its init) does not go with {type(model).__name__}, whose weights"
+            " are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln or full"
+        )
+    return matrices

@@ -73,7 +73,7 @@ def test_a_tuning_split_shares_no_question_and_leaves_train_and_eval_as_they_are
     [
         ("{not json", "rows.jsonl line 3 is not valid JSON"),
         ('["a"]', "rows.jsonl line 3 is no mapping"),
-        ('{"question": "a"}', "rows.jsonl line 3 needs exactly one of text, prompt with completion, or messages"),
+        ('{"question": "a"}', "rows.jsonl line 3 needs exactly one of text, prompt with completion, messages"),
         ('{"prompt": "a"}', "rows.jsonl line 3 needs completion as text"),
         ('{"prompt": "a", "completion": ""}', "rows.jsonl line 3 needs completion as text that is not empty"),
         ('{"prompt": "a", "completion": 4}', "rows.jsonl line 3 needs completion as text"),

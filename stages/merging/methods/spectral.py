@@ -62,7 +62,7 @@ def thin_svd(matrix: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tenso
     Returns:
         u [m, k], s [k] in descending order, vh [k, n]; k is 0 for a matrix of zeros.
     """
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = _svd(matrix)
     keep = s > (max(matrix.shape) * EPS * s[:1] if floor is None else floor)
     return u[:, keep], s[keep], vh[keep]
 
@@ -74,6 +74,15 @@ def polar_factor(vectors: Tensor) -> Tensor:
     not span. The singular values of concatenated orthonormal vectors are about 1; those below √eps are the
     rounding of vectors that two stages share.
     """
-    u, s, vh = torch.linalg.svd(vectors, full_matrices=False)
+    u, s, vh = _svd(vectors)
     keep = s > EPS**0.5
     return u[:, keep] @ vh[keep]
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD; in float32 LAPACK gives up on some matrices with many equal singular values."""
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u.to(matrix.dtype), s.to(matrix.dtype), vh.to(matrix.dtype)

@@ -1,0 +1,162 @@
+"""Every method on every architecture: it learns, is saved, and the rest of the pipeline sees what was trained."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from stages import base, layers, train
+from stages.errors import MistakeError
+from stages.files import BASE, CHECKPOINTS, publish, write_json
+from stages.loop import Run
+from stages.merging.merged import Merged
+from stages.methods import METHODS
+from stages.methods.stage import Training
+from stages.params import Merge
+from stages.weights.checkpoint import open_stages
+from tests.conftest import make_base
+from tests.stages.test_train import make_examples
+
+MODELS = ["llama-tied", "qwen2", "qwen3", "gpt2"]
+CASES = {  # name: method, settings of a tiny stage
+    "lora": ("lora", {"rank": 4}),
+    "rslora": ("lora", {"rank": 4, "rslora": True}),
+    "pissa": ("lora", {"rank": 4, "init": "pissa"}),
+    "olora": ("lora", {"rank": 4, "init": "olora"}),
+    "dora": ("dora", {"rank": 4}),
+    "ia3": ("ia3", {"lr": 0.1}),
+    "lokr": ("lokr", {"rank": 4, "lr": 0.05}),
+    "oft": ("oft", {"block_size": 8}),
+    "miss": ("miss", {"rank": 4}),
+    "shira": ("shira", {"rank": 4}),
+    "adalora": ("adalora", {"rank": 4, "lr": 0.05}),
+    "bitfit": ("bitfit", {"lr": 0.05}),
+    "ln": ("ln", {"lr": 0.05}),
+    "full": ("full", {}),
+}
+CONVERTED = {"pissa", "olora", "adalora"}  # saved as a plain LoRA, and so equal up to rounding
+NO_LINEAR = "are no Linear modules"
+NO_BIAS = "has none in these layers"
+REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora")}
+REFUSED |= {("bitfit", model): NO_BIAS for model in ("llama-tied", "qwen3")}
+
+
+def make(case, chosen="1-2", steps=20):
+    method, settings = CASES[case]
+    keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": steps, "layers": chosen}
+    return METHODS[method](**keys | settings)
+
+
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def publish_stage(stage, model):
+    with publish(CHECKPOINTS / "one") as folder:
+        stage.save(model, folder)
+        write_json(folder / "stage.json", {"name": "one", "parent": "base"})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_method(case, model):
+    make_base(model)
+    stage = make(case)
+    torch.manual_seed(3)
+    if (case, model) in REFUSED:
+        with pytest.raises(MistakeError, match=REFUSED[case, model]):
+            train.put_on(stage, fresh(), torch.float32)
+        return
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        untouched = fresh()(ids).logits
+    wrapped = train.put_on(stage, fresh(), torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(wrapped.eval()(ids).logits, untouched, rtol=0, atol=1e-5)  # it starts from its parent
+    frozen = {name: p.clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
+    run, examples = Run(wrapped.train(), stage, Accelerator()), make_examples(4)
+    losses = [run.step([examples], step)["loss"] for step in range(stage.steps)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in wrapped.named_parameters() if name in frozen)
+
+    publish_stage(stage, wrapped)
+    with torch.no_grad():
+        truth = wrapped.eval()(ids).logits
+        again = PeftModel.from_pretrained(fresh(), CHECKPOINTS / "one").eval()(ids).logits
+    assert torch.equal(again, truth) or (case in CONVERTED and torch.allclose(again, truth, atol=2e-5))
+
+    checkpoint, (opened,) = open_stages(["one"])
+    merged = Merged(checkpoint, [opened], Merge(weights={"one": 1.0}, dtype="float32"))
+    inside = (
+        copy.deepcopy(wrapped).merge_and_unload() if case not in ("pissa", "olora") else None
+    )  # they moved the base
+    plain, before = fresh(), fresh()
+    for path in checkpoint.modules:
+        for name, weights in opened.module(path).items():
+            getattr(plain.get_submodule(path), name).data.copy_(weights)
+            original = getattr(before.get_submodule(path), name)
+            if layers.place(path, layers.layer_stack(before))[0] not in (1, 2):
+                assert torch.equal(weights, original), f"{path}.{name} is outside the chosen layers"
+            if inside is not None:
+                assert torch.allclose(weights, getattr(inside.get_submodule(path), name), rtol=0, atol=1e-6)
+            assert torch.allclose(merged.module(path)[name], weights, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, truth, rtol=0, atol=5e-5)
+        assert not torch.allclose(plain(ids).logits, untouched, rtol=0, atol=1e-3)
+
+
+def test_every_method_is_in_the_matrix():
+    trained = {name for name, method in METHODS.items() if issubclass(method, Training)}
+    assert trained == {method for method, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "llama-untied", "qwen3"])
+def test_added_biases_change_nothing_and_bitfit_trains_them(model):
+    make_base(model)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        truth = fresh()(ids).logits
+    biased = base.add_biases(fresh())
+    with torch.no_grad():
+        assert torch.equal(biased.eval()(ids).logits, truth)
+    biased.save_pretrained(BASE)
+    stage = make("bitfit", {"attention": "1-2"})
+    run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+    losses = [run.step([make_examples(4)], step)["loss"] for step in range(stage.steps)]
+    assert losses[-1] < losses[0]
+    publish_stage(stage, run.model)
+    _, (opened,) = open_stages(["one"])
+    assert all(".self_attn." in path for path in opened.adapter.modules)
+    with torch.no_grad():
+        expected = run.model.eval()(ids).logits
+        plain = fresh()
+        for path in opened.changed():
+            plain.get_submodule(path).bias.copy_(opened.module(path)["bias"])
+        assert torch.allclose(plain(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_no_biases_can_be_added_where_the_architecture_knows_none():
+    make_base("qwen2")
+    with pytest.raises(MistakeError, match="has no setting for biases"):
+        base.add_biases(fresh())
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "llama-untied"])
+def test_the_embedding_can_be_trained(model):
+    make_base(model)
+    stage = make("full", {"embeddings": "all"})
+    wrapped = train.put_on(stage, fresh(), torch.float32)
+    run = Run(wrapped, stage, Accelerator())
+    losses = [run.step([make_examples(4)], step)["loss"] for step in range(stage.steps)]
+    assert losses[-1] < losses[0]
+    publish_stage(stage, wrapped)
+    _, (opened,) = open_stages(["one"])
+    assert "model.embed_tokens" in opened.adapter.modules
+    from stages.model import load_model
+
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(load_model(opened, torch.float32)(ids).logits, wrapped.eval()(ids).logits, atol=2e-5)
