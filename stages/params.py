@@ -28,11 +28,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Base(Settings):
-    """The model to start from."""
+    """The model to start from; `add_biases` gives it biases of zero for `bitfit` to train, which change nothing."""
 
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    add_biases: bool = False
 
 
 class ReasoningGym(Settings):
@@ -47,30 +48,75 @@ class ReasoningGym(Settings):
 
 
 class LocalFile(Settings):
-    """Records in a jsonl, csv or parquet file; `train: null` takes all that `eval` and `tune` leave."""
+    """Records in a jsonl, csv or parquet file; `train: null` takes all that `eval` and `tune` leave.
+
+    `sha256` pins the content, of which the path says nothing.
+    """
 
     source: Literal["file"]
     path: str
+    sha256: str | None = None
     train: int | None = Field(default=None, gt=0)
     eval: int = Field(gt=0)
     tune: int = Field(default=0, ge=0)
 
 
 class Hub(Settings):
-    """One split of a dataset on the Hugging Face hub, at a fixed revision."""
+    """One split of a dataset on the Hugging Face hub, at a fixed revision.
+
+    `stream` reads no more of it than the splits need, in place of downloading it and choosing from the whole.
+    """
 
     source: Literal["hub"]
     id: str
     revision: str
     config: str | None = None
     split: str = "train"
+    stream: bool = False
     train: int | None = Field(default=None, gt=0)
     eval: int = Field(gt=0)
     tune: int = Field(default=0, ge=0)
 
 
-Dataset = ReasoningGym | LocalFile | Hub
-SOURCES: dict[str, type[Dataset]] = {"reasoning_gym": ReasoningGym, "file": LocalFile, "hub": Hub}
+class Part(Settings):
+    """What a dataset in a mix has beside its own keys: how often it is seen, relative to the other parts."""
+
+    weight: float = Field(gt=0)
+
+
+class ReasoningGymPart(ReasoningGym, Part):
+    """Generated tasks in a mix."""
+
+
+class LocalFilePart(LocalFile, Part):
+    """A file in a mix."""
+
+
+class HubPart(Hub, Part):
+    """A dataset of the hub in a mix."""
+
+
+class Mix(Settings):
+    """Several datasets as one, each defined in full and weighted; its splits are theirs, one after the other."""
+
+    source: Literal["mix"]
+    parts: dict[str, ReasoningGymPart | LocalFilePart | HubPart]
+
+    @property
+    def tune(self) -> int:
+        """Records in the tuning split."""
+        return sum(part.tune for part in self.parts.values())
+
+    def weights(self) -> dict[str, float]:
+        """Each part's share of what is seen in training; together they are 1."""
+        total = sum(part.weight for part in self.parts.values())
+        return {name: part.weight / total for name, part in self.parts.items()}
+
+
+Single = ReasoningGym | LocalFile | Hub
+Dataset = Single | Mix
+PARTS = {"reasoning_gym": ReasoningGymPart, "file": LocalFilePart, "hub": HubPart}
+SOURCES: dict[str, type[Dataset]] = {"reasoning_gym": ReasoningGym, "file": LocalFile, "hub": Hub, "mix": Mix}
 
 
 def _check_setting(setting: Any) -> Any:
@@ -198,8 +244,7 @@ def load(path: Path = PARAMS) -> Params:
         prefix_cache=_value({"prefix_cache": 2.0} | content, "prefix_cache", Annotated[float, Field(ge=0)], path),
         base=_settings(content, "base", Base, path),
         datasets={
-            name: _choose(item, f"datasets.{name}", "source", SOURCES, path)
-            for name, item in _named(content, "datasets", path).items()
+            name: _dataset(item, f"datasets.{name}", path) for name, item in _named(content, "datasets", path).items()
         },
         stages={
             name: _choose(item, f"stages.{name}", "method", METHODS, path)
@@ -247,8 +292,9 @@ def _known_keys(content: dict[str, Any], known: list[str], path: Path, where: st
             raise MistakeError(f"{path}: {where}{key} is not a known key; {fix}")
 
 
-def _named(content: dict[str, Any], section: str, path: Path) -> dict[str, Any]:
+def _named(content: dict[str, Any], section: str, path: Path, where: str = "") -> dict[str, Any]:
     items = content.get(section)
+    section = where + section
     if not isinstance(items, dict) or not items:
         raise MistakeError(f"{path}: {section} needs at least one name with its settings below it")
     for name in items:
@@ -259,6 +305,17 @@ def _named(content: dict[str, Any], section: str, path: Path) -> dict[str, Any]:
         if section == "stages" and name in RESERVED:
             raise MistakeError(f"{path}: {section}.{name} is a reserved name; choose another")
     return items
+
+
+def _dataset(item: Any, where: str, path: Path) -> Dataset:
+    """Validate a dataset, and first its parts if it is a mix."""
+    if isinstance(item, dict) and item.get("source") == "mix":
+        parts = {
+            name: _choose(part, f"{where}.parts.{name}", "source", PARTS, path)
+            for name, part in _named(item, "parts", path, f"{where}.").items()
+        }
+        item = item | {"parts": parts}
+    return _choose(item, where, "source", SOURCES, path)
 
 
 def _choose(item: Any, where: str, key: str, classes: dict[str, Any], path: Path) -> Any:
