@@ -1,12 +1,13 @@
 """Every method on every architecture: it learns, is saved, and the rest of the pipeline sees what was trained."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages import base, layers, train
 from stages.errors import MistakeError
@@ -38,6 +39,31 @@ CASES = {  # name: method, settings of a tiny stage
     "full": ("full", {}),
 }
 CONVERTED = {"pissa", "olora", "adalora"}  # saved as a plain LoRA, and so equal up to rounding
+ABOUT = {  # case: what is trained, what speaks for it
+    "lora": ("B·A of a small rank beside every matrix", "the first choice: sturdy, cheap, and merges exactly"),
+    "rslora": ("the same, scaled by 1/√rank (`rslora: true`)", "ranks of 64 and more, which plain LoRA scales too low"),
+    "pissa": (
+        "the same, from the largest directions (`init: pissa`)",
+        "quick first steps, further from the parent",
+    ),
+    "olora": ("the same, from the matrix's QR (`init: olora`)", "like `pissa`"),
+    "dora": ("LoRA, and the size of every output row", "often better than LoRA at low rank; slower"),
+    "ia3": (
+        "one factor for each output",
+        "style and format, not new skills; wants a high lr (0.01)",
+    ),
+    "lokr": ("a Kronecker product of two small matrices", "fewer numbers than LoRA at the same reach"),
+    "oft": ("rotations of blocks of inputs", "keeps norms and angles of inputs; slow"),
+    "miss": ("one small matrix, repeated over the weight", "like LoRA with half of its numbers"),
+    "shira": ("single weights, chosen at random", "changes few weights, so stages collide little in a merge"),
+    "adalora": (
+        "LoRA that drops its least useful directions",
+        "finds which layers need rank; wants 100 steps and more",
+    ),
+    "bitfit": ("biases (`base.add_biases` where there are none)", "tiny; gentle changes of tone or domain"),
+    "ln": ("gains of the norms", "tiny; like `bitfit`, for models without biases"),
+    "full": ("every weight of the layers", "much data, or few layers; large checkpoints"),
+}
 NO_LINEAR = "are no Linear modules"
 NO_BIAS = "has none in these layers"
 REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora")}
@@ -160,3 +186,25 @@ def test_the_embedding_can_be_trained(model):
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.allclose(load_model(opened, torch.float32)(ids).logits, wrapped.eval()(ids).logits, atol=2e-5)
+
+
+def table():
+    """What every method trains, on which models: the table of docs/methods.md."""
+    size = {"vocab_size": 128, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 9, "num_key_value_heads": 3}  # one layer of the default base
+    biases = {"attention_bias": True, "mlp_bias": True}
+    heads = ["method", "trains", "numbers per layer", "what speaks for it", "Llama", "Qwen2", "Qwen3", "GPT-2"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|--:|" + "---|" * 5]
+    for case, (method, settings) in CASES.items():
+        given = {key: value for key, value in settings.items() if key in ("rslora", "init")}
+        keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 100}
+        model = LlamaForCausalLM(LlamaConfig(**size | (biases if method == "bitfit" else {})))
+        wrapped = train.put_on(METHODS[method](**keys | given), model, torch.float32)
+        count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        marks = ["–" if (case, model) in REFUSED else "yes" for model in MODELS]
+        lines.append(f"| `{case}` | {ABOUT[case][0]} | {count:,} | {ABOUT[case][1]} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_docs_is_this_one():
+    assert table() in (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
