@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from stages import loop, model, train
 from stages.batches import Source
-from stages.files import BASE
+from stages.files import BASE, sha256
 from stages.loop import Run, is_stale
 from stages.records import Example
 from tests.conftest import make_base
-from tests.stages.test_train import make_examples, make_stage
+from tests.stages.test_train import make_examples, make_stage, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,26 +147,14 @@ def test_patience():
     assert not is_stale(curve(1, 2, 3), None)
 
 
-LAUNCH = [
-    "-m",
-    "accelerate.commands.launch",
-    "--cpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-    "-m",
-    "stages.train",
-]
+# What `launch: accelerate launch --cpu --num_processes 2` in params.yaml makes DVC run.
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
 
 
-def run_train(name, launch):
+def run_train(name):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launch, name], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *LAUNCH, "-m", "stages.train", name]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def curve_of(name):
@@ -172,11 +162,30 @@ def curve_of(name):
 
 
 def test_two_processes_give_the_curve_of_one(project):
-    from tests.stages.test_train import prepare
-
     prepare()
     train.main("sums")
     one = curve_of("sums")
-    process = run_train("sums", LAUNCH)
-    assert process.wait() == 0, process.stderr.read()
+    process = run_train("sums")
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
     assert curve_of("sums") == pytest.approx(one, rel=1e-4) and len(one) == 25
+
+
+def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project):
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 25", "steps: 200"))
+    weights = prepare()
+    assert run_train("sums").communicate() and weights.exists()
+    truth = sha256([weights])
+    weights.unlink()
+
+    process = run_train("sums")
+    deadline = time.monotonic() + 120
+    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not weights.exists()
+
+    errors = run_train("sums").communicate()[1]
+    assert " 0/200" not in errors  # it did not start again
+    assert sha256([weights]) == truth
