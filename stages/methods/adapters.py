@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -137,19 +137,18 @@ class AdaLora(Training):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Save it as the LoRA that it is by now: PEFT scales an AdaLoRA that it loads again in another way."""
-        import torch
         from peft import LoraConfig
         from peft.tuners.adalora import AdaLoraLayer
         from safetensors.torch import save_file
 
         config: AdaLoraConfig = model.peft_config["default"]  # type: ignore[assignment]
+        layers: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, AdaLoraLayer)}
         tensors = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, AdaLoraLayer):
-                a, e, b = (part["default"].detach().cpu() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
-                scale = layer.scaling["default"] / (layer.ranknum["default"].detach().cpu() + 1e-5)
-                tensors[f"{name}.lora_A.weight"] = torch.mul(a, e * scale).contiguous()
-                tensors[f"{name}.lora_B.weight"] = b.contiguous()
+        for name, layer in layers.items():
+            a, e, b = (part["default"].detach().cpu() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
+            scale = layer.scaling["default"] / (layer.ranknum["default"].detach().cpu() + 1e-5)
+            tensors[f"{name}.lora_A.weight"] = (a * e * scale).contiguous()
+            tensors[f"{name}.lora_B.weight"] = b.contiguous()
         LoraConfig(
             task_type="CAUSAL_LM",
             r=config.init_r,
