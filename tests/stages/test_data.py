@@ -292,7 +292,7 @@ def test_a_file_is_never_in_memory_as_a_whole(project):
     finally:
         tracemalloc.stop()
     assert Path("data/sums/train.jsonl").stat().st_size > 9e6
-    assert peak < 1e6
+    assert peak < 3e6  # of which the hash of the splits reads two at once
 
 
 @pytest.fixture
@@ -301,8 +301,9 @@ def endless(monkeypatch):
 
     def load(*_, streaming, **__):
         assert streaming
-        rows = ({"prompt": str(number // 2), "completion": "a"} for number in itertools.count())
-        return datasets.IterableDataset.from_generator(lambda: rows)
+        return datasets.IterableDataset.from_generator(
+            lambda: ({"prompt": str(number // 2), "completion": "a"} for number in itertools.count())
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(data, "SHUFFLED", 40)
@@ -357,7 +358,7 @@ SHOWN = """\
 
 example 1, 5 tokens, 2 of them supervised (40 %)
 ⟨0⟩a·↵
-·\\x1b⟨0.5⟩b·$
+\\x1b⟨0.5⟩b·$
 
 example 2, 4 tokens, 2 of them supervised (50 %)
 ⟨0⟩c⟨1⟩d⟨-2⟩e⟨0⟩$
@@ -388,7 +389,7 @@ def test_weights_are_shown_as_colours_in_a_terminal(weighted, capsys, monkeypatc
     shown = capsys.readouterr().out
     ground = "\x1b[38;5;16;48;5;{}m{}\x1b[0m".format
     assert f"c{ground(120, 'd')}{ground(196, 'e')}<end>\n" in shown  # 1 is half of 2, the strongest
-    assert f"a·↵\n·\\x1b{ground(157, 'b')}·{ground(157, '<end>')}\n" in shown
+    assert f"a·↵\n\\x1b{ground(157, 'b')}·{ground(157, '<end>')}\n" in shown
     assert ground(46, " 2 ") in shown and ground(196, " -2 ") in shown
     monkeypatch.setenv("NO_COLOR", "1")
     data.show("sums", 2)
