@@ -177,7 +177,7 @@ def from_stream(dataset: params.Hub, seed: str, where: str) -> Iterator[Record]:
 def arrange(records: Sequence[Record], seed: str | None = None) -> Sequence[int]:
     """Places of the records, each question once, shuffled by `seed`: files are often sorted, and eval is the front.
 
-    Places and keys are all that is held of the records, 8 bytes each, for there may be more of them than memory.
+    A few numbers are all that is held of each, for the records may be more than the memory.
     """
     keys = array("Q", map(key, records))
     order = array("Q", range(len(keys)))

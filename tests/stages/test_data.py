@@ -318,9 +318,15 @@ def test_a_stream_is_read_as_far_as_it_is_needed(endless):
     assert asked != sorted(asked) and max(asked) < (40 + 2 * 28) / 2
 
 
-@pytest.mark.parametrize("train", [None, 12])
-def test_a_stream_that_ends_gives_what_it_has(train):
+@pytest.fixture
+def folder(monkeypatch):
+    """A folder that the hub's library streams from, without its wait for threads at the end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     Path("folder").mkdir()
+
+
+@pytest.mark.parametrize("train", [None, 12])
+def test_a_stream_that_ends_gives_what_it_has(folder, train):
     write_rows("folder/train.parquet", [*ROWS, *ROWS])
     dataset = params.Hub(source="hub", id="folder", revision="main", stream=True, train=train, eval=5, tune=4)
     splits = make(dataset)
@@ -333,8 +339,7 @@ def test_a_stream_that_ends_gives_what_it_has(train):
     ("sizes", "missing"),
     [({"eval": 31}, 1), ({"eval": 30}, 1), ({"eval": 5, "train": 27}, 2), ({"eval": 30, "tune": 3}, 3)],
 )
-def test_a_stream_that_ends_too_early_is_one_sentence(sizes, missing):
-    Path("folder").mkdir()
+def test_a_stream_that_ends_too_early_is_one_sentence(folder, sizes, missing):
     write_rows("folder/train.parquet")
     dataset = params.Hub(source="hub", id="folder", revision="main", stream=True, **sizes)
     with pytest.raises(
