@@ -245,9 +245,9 @@ def show(name: str, count: int) -> None:
     dataset = find(name, settings)
     if not BASE.is_dir():
         raise MistakeError(f"{BASE} is missing, and with it the tokenizer; run dvc repro base")
-    from stages.model import load_tokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = load_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     records = list(islice(_training(dataset, name, settings.seed), count))
     examples = [encode(record, tokenizer, sys.maxsize) for record in records]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

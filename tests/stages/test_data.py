@@ -413,6 +413,15 @@ def test_what_is_not_yet_made_is_shown_and_not_written(project, capsys):
     assert not Path("data").exists()
 
 
+def test_of_a_stream_too_what_is_trained_on_is_shown(project, endless, capsys):
+    make_tokenizer().save_pretrained("checkpoints/base")
+    keys = {"source": "hub", "id": "a/b", "revision": "c", "stream": True, "train": 2, "eval": 4, "tune": 3}
+    write_params({"web": keys | {"weight": 1}})
+    data.show("both", 1)
+    first = make(params.Hub(**keys), "web")["train"][0]
+    assert f"⟨0⟩{'·'.join(first['prompt'])}⟨1⟩a·<end>\n" in capsys.readouterr().out
+
+
 def test_without_a_base_there_is_nothing_to_show(project):
     with pytest.raises(
         MistakeError, match="checkpoints/base is missing, and with it the tokenizer; run dvc repro base"

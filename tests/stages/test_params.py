@@ -25,7 +25,6 @@ MISTAKES = {
     "too many last layers": ("layers: last 2", "layers: last 9", "which has layers 0-3"),
     "layers backwards": ("layers: 0-1", "layers: 3-1", "runs backwards; write the smaller layer first"),
     "layers in words": ("layers: 0-1", "layers: first two", "is no layer range; write all, 0-3"),
-    "layers as a number": ("layers: 0-1", "layers: 1", "stages.sums.layers is 1; it should be string"),
     "integer name": ("  sums:\n    source", "  7:\n    source", "datasets.7 is no usable name;"),
     "dotted name": ("  sums:\n    source", "  a.b:\n    source", "datasets.a.b is no usable name;"),
     "reserved name": ("  sums:\n    parent", "  base:\n    parent", "stages.base is a reserved name"),
