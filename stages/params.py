@@ -4,6 +4,7 @@
 """
 
 import difflib
+import itertools
 import re
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from stages import layers
 from stages.errors import MistakeError, run
 from stages.files import BASE, read_json
 from stages.methods import METHODS
+from stages.methods.bottleneck import Bottleneck, chosen_neurons
 from stages.methods.stage import Settings, Stage, Training
 
 PARAMS = Path("params.yaml")
@@ -28,12 +30,17 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Base(Settings):
-    """The model to start from; `add_biases` gives it biases of zero for `bitfit` to train, which change nothing."""
+    """The model to start from.
+
+    `add_biases` gives it biases of zero for `bitfit` to train, `extra_neurons` neurons of zero in every MLP for
+    `bottleneck`; neither changes what it computes.
+    """
 
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     add_biases: bool = False
+    extra_neurons: int = Field(default=0, ge=0)
 
 
 class ReasoningGym(Settings):
@@ -267,6 +274,22 @@ def check_layers(params: Params, num_layers: int, path: Path = PARAMS) -> None:
             layers.numbers(stage.layers, num_layers)
         except MistakeError as mistake:
             raise MistakeError(f"{path}: stages.{name}.layers: {mistake}") from None
+    _check_neurons(params, num_layers, path)
+
+
+def _check_neurons(params: Params, num_layers: int, path: Path) -> None:
+    """Two stages that both give a new neuron its weights would only disturb each other."""
+    taken: dict[tuple[int, int], str] = {}
+    for name, stage in params.stages.items():
+        if isinstance(stage, Bottleneck):
+            neurons = chosen_neurons(stage.neurons, params.base.extra_neurons)
+            for place in itertools.product(layers.numbers(stage.layers, num_layers), neurons):
+                if place in taken:
+                    raise MistakeError(
+                        f"{path}: stages.{name}.neurons: stage {taken[place]} has some of {stage.neurons!r} too;"
+                        " give each its own, such as 0-31 and 32-63, and raise base.extra_neurons if they are too few"
+                    )
+                taken[place] = name
 
 
 def _read(path: Path) -> dict[str, Any]:

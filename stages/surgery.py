@@ -18,7 +18,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.files import CHECKPOINTS
-from stages.layers import linear_modules, select
 from stages.model import Batch
 
 BASES = "inputs.safetensors"  # beside the adapter: an orthonormal basis [in, q] of the inputs of each weight matrix
@@ -45,11 +44,12 @@ def combine(gradients: torch.Tensor, method: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def input_bases(model: Any, batches: Iterable[Batch], energy: float) -> dict[str, torch.Tensor]:
-    """An orthonormal basis of what comes into each weight matrix of the layers, float32 [in, q], by module name.
+def input_bases(model: Any, matrices: list[str], batches: Iterable[Batch], energy: float) -> dict[str, torch.Tensor]:
+    """An orthonormal basis of what comes into each weight matrix, float32 [in, q], by module name.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; adapters may sit on its matrices, which keep their names.
+        matrices: names of the modules.
         batches: what it is run on.
         energy: q is the smallest number of directions that hold this share of the inputs' squared norm.
     """
@@ -63,7 +63,7 @@ def input_bases(model: Any, batches: Iterable[Batch], energy: float) -> dict[str
 
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name in linear_modules(model, select(model, "all"))
+        for name in matrices
     ]
     try:
         for batch in batches:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -31,6 +31,7 @@ from stages.surgery import input_bases, save_bases
 from stages.weights.checkpoint import open_checkpoint
 
 REMEMBERED_BATCHES = 16
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def main(name: str) -> None:
@@ -48,6 +49,11 @@ def main(name: str) -> None:
     record = describe(name, stage, settings, seed)
     dtype = compute_dtype()
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    if accelerator.distributed_type not in REPLICATED:
+        raise MistakeError(
+            f"params.yaml: launch asks for {accelerator.distributed_type.value}, which divides the model among"
+            " processes; here each holds all of it, so take a config with distributed_type MULTI_GPU, or python"
+        )
     code = sha256(sorted(Path("stages").rglob("*.py")))
     with resume_folder(record | {"code": code}, accelerator) as work:
         model = put_on(stage, load_parent(stage, dtype), dtype)
@@ -62,7 +68,8 @@ def main(name: str) -> None:
                 stage.save(model, folder)
                 record["sha256"] = sha256([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
                 if stage.remember:
-                    remember_inputs(model, stage, shown, folder)
+                    with accelerator.autocast():
+                        remember_inputs(model, stage, shown, folder)
                 write_json(folder / "stage.json", record)
             write_reports(name, record, curve, cut(shown, stage.max_length))
 
@@ -145,12 +152,14 @@ def tuning(stage: Training, name: str) -> list[Example] | None:
     return [encode(record, tokenizer, stage.max_length) for record in records]
 
 
-def remember_inputs(model: Any, stage: Training, sources: list[Source], folder: Path) -> None:
+def remember_inputs(model: PeftModel, stage: Training, sources: list[Source], folder: Path) -> None:
     """Leave a basis of what the stage's own examples put into each weight matrix, for later stages to protect."""
     filler = load_tokenizer().pad_token_id
     shown = [source.batch(step) for source in sources if source.name != REPLAY for step in range(REMEMBERED_BATCHES)]
     batches = (pad(examples, filler, next(model.parameters()).device) for examples in shown)
-    save_bases(input_bases(model, batches, stage.remember), folder)
+    inner = open_checkpoint("base", {}).base.skeleton
+    matrices = layers.linear_modules(inner, layers.select(inner, "all"))
+    save_bases(input_bases(model.get_base_model(), matrices, batches, stage.remember), folder)
 
 
 def write_reports(name: str, record: dict[str, Any], curve: list[dict[str, float]], cut: int = 0) -> None:

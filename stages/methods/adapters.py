@@ -12,7 +12,7 @@ from stages.methods.stage import Training, plain_matrices
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peft import AdaLoraConfig, IA3Config, LoKrConfig, MissConfig, OFTConfig, PeftModel, ShiraConfig
+    from peft import AdaLoraConfig, IA3Config, LoKrConfig, MissConfig, OFTConfig, PeftModel, ShiraConfig, VeraConfig
     from transformers import PreTrainedModel
 
 
@@ -102,6 +102,29 @@ class SHiRA(Training):
         matrices = plain_matrices(self, model, modules)
         seed = int(torch.initial_seed() % 2**31)
         return ShiraConfig(task_type="CAUSAL_LM", r=self.rank, random_seed=seed, target_modules=exactly(matrices))
+
+
+class VeRA(Training):
+    """One random pair of factors for all matrices; each trains a factor for its rows and for the rank alone.
+
+    W' = W + diag(b)·B·diag(d)·A (arXiv 2310.11454). Every stage has a pair of its own, kept in its checkpoint.
+    """
+
+    method: Literal["vera"]
+    rank: int = Field(default=256, gt=0)
+
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> VeraConfig:
+        """Adapt each weight matrix among `modules`; the stage's seed chooses the random pair."""
+        import torch
+        from peft import VeraConfig
+
+        return VeraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            projection_prng_key=int(torch.initial_seed() % 2**31),
+            target_modules=exactly(linear_modules(model, modules)),
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
 
 
 class AdaLora(Training):

@@ -1,6 +1,6 @@
 """A PEFT adapter, applied to one module at a time.
 
-LoRA, DoRA and replaced weights have a few lines of algebra here, bit-identical to PEFT's `merge_and_unload`
+LoRA, DoRA, VeRA and replaced weights have a few lines of algebra here, bit-identical to PEFT's `merge_and_unload`
 (tests prove it); every other kind is merged by PEFT itself, on a module rebuilt alone in an empty tree.
 """
 
@@ -36,6 +36,8 @@ LORA = {
     "lora_magnitude_vector",
     "lora_magnitude_vector.weight",
 }
+VERA = {"vera_lambda_b", "vera_lambda_d"}
+SHARED = ("base_model.vera_A", "base_model.vera_B")  # VeRA's random factors, one pair for all modules
 FIX = "use an adapter that was trained on this base"
 
 # PEFT says this of every norm in LN-tuning, and norms are what LN-tuning is for.
@@ -62,7 +64,7 @@ class Adapter:
         self._file = TensorFile(folder / "adapter_model.safetensors")
         self._own = {path: module for path, module in skeleton.named_modules() if module._parameters}
         self._keys: dict[str, dict[str, str]] = {}  # by module, then by the rest of the name
-        for key in self._file:
+        for key in (key for key in self._file if key not in SHARED):
             path, part = self._place(key)
             self._keys.setdefault(path, {})[part] = key
         self.modules = set(self._keys)
@@ -77,18 +79,24 @@ class Adapter:
         )
 
     def is_low_rank(self, path: str) -> bool:
-        """Whether the delta of module `path` has low-rank factors: plain LoRA and rsLoRA have them."""
-        return isinstance(self.config, LoraConfig) and set(self._keys[path]) == {"lora_A.weight", "lora_B.weight"}
+        """Whether the delta of module `path` has low-rank factors: plain LoRA, rsLoRA and VeRA have them."""
+        parts = set(self._keys[path])
+        return parts == VERA or (isinstance(self.config, LoraConfig) and parts == {"lora_A.weight", "lora_B.weight"})
 
     def factors(self, path: str) -> Factors | None:
         """The delta of module `path` as left [rows, r] @ right [r, columns], float32; None if it is not low-rank."""
         if not self.is_low_rank(path):
             return None
-        down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
+        if VERA & set(self._keys[path]):
+            up, down = self._vera(path)
+        else:
+            down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
     def rank(self, path: str) -> int | None:
-        """Rank of the LoRA or DoRA of a weight matrix, None for every other adapter."""
+        """Rank of the LoRA, DoRA or VeRA of a weight matrix, None for every other adapter."""
+        if VERA & set(self._keys[path]):
+            return self._file.specification(SHARED[0])[0][0]
         key = self._keys[path].get("lora_A.weight")
         return self._file.specification(key)[0][0] if key and isinstance(self.config, LoraConfig) else None
 
@@ -100,6 +108,9 @@ class Adapter:
             return weights | {name: self._read(path, part) for name, part in parts.items()}
         if isinstance(self.config, LoraConfig) and parts.keys() <= LORA:
             return weights | self._lora(path, weights)
+        if parts.keys() == VERA:
+            up, down = self._vera(path)
+            return weights | {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
         return self._merge_by_peft(path, weights)
 
     def _lora(self, path: str, weights: Tensors) -> Tensors:
@@ -120,6 +131,13 @@ class Adapter:
         if "lora_B.bias" in self._keys[path]:
             return {"weight": merged, "bias": weights["bias"] + self._read(path, "lora_B.bias") * self._scaling(path)}
         return {"weight": merged}
+
+    def _vera(self, path: str) -> Factors:
+        """diag(b)·B [out, r] and diag(d)·A [r, in] (arXiv 2310.11454): of the shared pair, what fits the weight."""
+        rows, columns = self._own[path].weight.shape[:: -1 if self._is_transposed(path) else 1]
+        down, up = (self._file.read(key).float() for key in SHARED)
+        scales = (self._read(path, part)[:, None] for part in ("vera_lambda_b", "vera_lambda_d"))
+        return next(scales) * up[:rows], next(scales) * down[:, :columns]
 
     def _merge_by_peft(self, path: str, weights: Tensors) -> Tensors:
         """Inject the adapter into a tree that holds this module alone, and let PEFT merge it."""
@@ -159,6 +177,7 @@ class Adapter:
             if name == "weight" and len(shape) == 2:
                 rows, columns = shape[::-1] if self._is_transposed(path) else shape
                 wanted |= {"lora_A.weight": [..., columns], "lora_B.weight": [rows, ...]}
+                wanted |= {"vera_lambda_b": [rows]}
                 wanted |= {"lora_embedding_A": [..., rows], "lora_embedding_B": [columns, ...]}
             for part in found.keys() & wanted.keys():
                 if any(want not in (..., have) for have, want in zip(found[part], wanted[part], strict=True)):

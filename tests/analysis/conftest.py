@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import params
 from stages.files import write_json
-from stages.layers import parse, select
+from stages.layers import Layers, parse, select
 from stages.merge import write
 from stages.merging.merged import Merged
 from stages.methods import METHODS
@@ -49,7 +49,7 @@ class Project:
         lines += ["merge:", "  method: task_arithmetic", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
         Path("params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def train(self, name: str, secretly: list[int] | None = None) -> None:
+    def train(self, name: str, secretly: Layers | None = None) -> None:
         """Random changes in place of training; `secretly` in other layers than stage.json will tell."""
         parent, method, layers = STAGES[name]
         stage = METHODS[method](parent=parent, dataset=name, method=method, layers=layers, lr=1e-3, steps=2)

@@ -102,3 +102,14 @@ def test_a_skill_without_answers_is_told_by_its_loss(project):
 )
 def test_worse_means_more_than_chance(before, after, measure, worse):
     assert is_worse(before, after, measure, questions=100) == worse
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_embedding_may_change_where_the_stage_names_it(project, declared):
+    project.train("prose", secretly={"embeddings": "all", "mlp": "3"})
+    if declared:
+        text = Path("params.yaml").read_text()
+        Path("params.yaml").write_text(text.replace("layers: '3'", "layers: {embeddings: all, mlp: 3}"))
+    project.merge()
+    project.evaluation()
+    assert ("Something changed that was declared untouched" in headline()) != declared

@@ -55,6 +55,11 @@ MISTAKES = {
         "source: hub\n    id: a/b",
         "datasets.sums.revision is missing",
     ),
+    "no extra neurons": (
+        "method: lora\n    layers: 0-1\n    rank: 4",
+        "method: bottleneck\n    layers: 0-1",
+        "write base.extra_neurons: 64",
+    ),
     "section missing": ("base:\n  model: model\n  dtype: float32\n", "", "base is missing;"),
     "evaluation missing": ("evaluate:\n  max_new_tokens: 4\n", "", "evaluate is missing;"),
     "threads missing": ("threads: 1\n", "", "threads is missing; add it"),
@@ -110,4 +115,16 @@ def test_a_missing_file_is_one_sentence(workspace):
 
 def test_the_projects_own_params_are_right(monkeypatch):
     monkeypatch.chdir(ROOT)
+    params.load()
+
+
+def test_two_stages_may_not_train_the_same_new_neurons(project):
+    make_base("llama-untied")
+    text = Path("params.yaml").read_text().replace("base:\n", "base:\n  extra_neurons: 8\n")
+    for method in ("lora", "ln"):
+        text = text.replace(f"method: {method}", "method: bottleneck\n    neurons: 0-3")
+    Path("params.yaml").write_text(text.replace("    rank: 4\n", "").replace("layers: last 2", "layers: 1-3"))
+    with pytest.raises(MistakeError, match=r"stages.words.neurons: stage sums has some of '0-3' too"):
+        params.load()
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 1-3", "layers: 2-3"))
     params.load()

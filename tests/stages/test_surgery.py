@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages import train
@@ -17,6 +18,10 @@ from stages.params import load
 from stages.surgery import BASES, input_bases, save_bases
 from tests.conftest import make_base
 from tests.stages.test_train import make_examples, make_stage, prepare
+
+
+def matrices(model):
+    return linear_modules(model, select(model, "all"))
 
 
 def inputs_of(model, batch):
@@ -38,7 +43,7 @@ def inputs_of(model, batch):
 def test_the_bases_hold_the_energy_that_was_asked_for():
     make_base("gpt2")
     model, batch = AutoModelForCausalLM.from_pretrained(BASE), pad(make_examples(), 0)
-    bases = input_bases(model, [batch, batch], 0.9)
+    bases = input_bases(model, matrices(model), [batch, batch], 0.9)
     for name, rows in inputs_of(model, batch).items():
         basis = bases[name].double()
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5)
@@ -54,7 +59,7 @@ def test_protected_inputs_give_what_they_gave(method, architecture):
     make_base(architecture)
     model, batch = AutoModelForCausalLM.from_pretrained(BASE), pad(make_examples(1), 0)  # fewer tokens than directions
     (CHECKPOINTS / "first").mkdir()
-    save_bases(input_bases(model, [batch], 0.99999), CHECKPOINTS / "first")
+    save_bases(input_bases(model, matrices(model), [batch], 0.99999), CHECKPOINTS / "first")
     inputs = inputs_of(model, batch)
     before = {name: model.get_submodule(name).weight.detach().double().clone() for name in inputs}
 
@@ -89,8 +94,15 @@ def test_a_stage_remembers_and_its_child_protects(project):
     Path("params.yaml").write_text(text)
     prepare()
     train.main("sums")
-    assert (CHECKPOINTS / "sums" / BASES).exists()
+    remembered = load_file(CHECKPOINTS / "sums" / BASES)
+    assert remembered.keys() == set(matrices(AutoModelForCausalLM.from_pretrained(BASE)))
     train.main("words")
+    learned = load_file(CHECKPOINTS / "words" / "adapter_model.safetensors")
+    for name, down in learned.items():
+        if ".lora_A." in name:
+            basis = remembered[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")].float()
+            assert down.norm() > 0.1 and (down @ basis).norm() < 1e-2 * down.norm(), name
+            assert learned[name.replace("lora_A", "lora_B")].norm() > 0, name
 
 
 @pytest.mark.parametrize(

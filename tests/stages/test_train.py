@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from stages import base, data, loop, params, train
@@ -194,3 +195,10 @@ def test_a_rate_that_explodes_is_refused_and_leaves_no_checkpoint(project):
     with pytest.raises(MistakeError, match=r"stages.sums.lr 1e\+30 made the loss infinite"):
         train.main("sums")
     assert not weights.exists()
+
+
+def test_a_launcher_that_divides_the_model_is_refused(project, monkeypatch):
+    prepare()
+    monkeypatch.setattr(train.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(MistakeError, match="launch asks for FSDP, which divides the model"):
+        train.main("sums")

@@ -16,6 +16,7 @@ from stages.loop import Run
 from stages.merging.merged import Merged
 from stages.methods import METHODS
 from stages.methods.stage import Training
+from stages.model import load_model
 from stages.params import Merge
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base
@@ -37,6 +38,9 @@ CASES = {  # name: method, settings of a tiny stage
     "bitfit": ("bitfit", {"lr": 0.05}),
     "ln": ("ln", {"lr": 0.05}),
     "full": ("full", {}),
+    "vera": ("vera", {"rank": 64, "lr": 0.1}),
+    "bottleneck": ("bottleneck", {"neurons": "4-11"}),
+    "peft": ("peft", {"peft": {"peft_type": "LOHA", "r": 4}}),
 }
 CONVERTED = {"pissa", "olora", "adalora"}  # saved as a plain LoRA, and so equal up to rounding
 ABOUT = {  # case: what is trained, what speaks for it
@@ -63,10 +67,19 @@ ABOUT = {  # case: what is trained, what speaks for it
     "bitfit": ("biases (`base.add_biases` where there are none)", "tiny; gentle changes of tone or domain"),
     "ln": ("gains of the norms", "tiny; like `bitfit`, for models without biases"),
     "full": ("every weight of the layers", "much data, or few layers; large checkpoints"),
+    "vera": ("factors for rows and rank of one random pair", "tiny; wants a high lr (0.01)"),
+    "bottleneck": (
+        "new neurons (`base.extra_neurons: 64`)",
+        "adds room and leaves the old weights alone; stages never collide",
+    ),
+    "peft": (
+        "any other adapter of PEFT, here `peft: {peft_type: LOHA}`",
+        "you know why; it is tried out on a tiny model first",
+    ),
 }
 NO_LINEAR = "are no Linear modules"
 NO_BIAS = "has none in these layers"
-REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora")}
+REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora", "peft")}
 REFUSED |= {("bitfit", model): NO_BIAS for model in ("llama-tied", "qwen3")}
 
 
@@ -90,6 +103,8 @@ def publish_stage(stage, model):
 @pytest.mark.parametrize("case", CASES)
 def test_a_method(case, model):
     make_base(model)
+    if case == "bottleneck":
+        base.add_neurons(fresh(), 12).save_pretrained(BASE)
     stage = make(case)
     torch.manual_seed(3)
     if (case, model) in REFUSED:
@@ -164,6 +179,67 @@ def test_added_biases_change_nothing_and_bitfit_trains_them(model):
         assert torch.allclose(plain(ids).logits, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_added_neurons_change_nothing(model):
+    make_base(model)
+    ids = torch.arange(1, 20)[None]
+    before = fresh()
+    base.add_neurons(before, 5).save_pretrained(BASE)
+    widened = fresh()
+    with torch.no_grad():
+        assert torch.allclose(widened.eval()(ids).logits, before.eval()(ids).logits, rtol=0, atol=1e-6)
+    assert layers.mlp_width(widened.config) == layers.mlp_width(before.config) + 5
+    assert widened.num_parameters() == before.num_parameters() + 4 * 5 * (65 if model == "gpt2" else 96)
+
+
+def test_bottlenecks_of_two_stages_both_work_in_one_file():
+    make_base("llama-tied")
+    base.add_neurons(fresh(), 8).save_pretrained(BASE)
+    ids = torch.arange(1, 20)[None]
+    for name, layer, neurons in (("one", "1", "0-3"), ("two", "2", "4-7")):
+        stage = make("bottleneck", layer).model_copy(update={"neurons": neurons})
+        run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+        for step in range(5):
+            run.step([make_examples(4)], step)
+        with publish(CHECKPOINTS / name) as folder:
+            stage.save(run.model, folder)
+            write_json(folder / "stage.json", {"name": name, "parent": "base"})
+    checkpoint, stages = open_stages(["one", "two"])
+    merged = Merged(checkpoint, stages, Merge(weights={"one": 1.0, "two": 1.0}, dtype="float32"))
+    model, first = load_model(merged, torch.float32), load_model(stages[0], torch.float32)
+    up, down = (f"model.layers.1.mlp.{name}.weight" for name in ("up_proj", "down_proj"))
+    for name in (up, down):
+        assert torch.allclose(model.get_parameter(name), first.get_parameter(name), rtol=0, atol=1e-7)
+    assert (model.get_parameter(up)[64:68] != 0).all() and (model.get_parameter(up)[68:] == 0).all()
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, fresh()(ids).logits, atol=1e-4)
+
+
+def test_a_bottleneck_needs_neurons_of_its_own():
+    make_base("llama-tied")
+    with pytest.raises(MistakeError, match=r"write base\.extra_neurons"):
+        train.put_on(make("bottleneck"), fresh(), torch.float32)
+    base.add_neurons(fresh(), 8).save_pretrained(BASE)
+    with pytest.raises(MistakeError, match="gives it 0-7"):
+        train.put_on(make("bottleneck"), fresh(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "it adds prompts"),
+        ({"peft_type": "LORAX"}, "PEFT knows ADALORA"),
+        ({"peft_type": "LOHA", "rank": 4}, "LOHA refuses its keys"),
+        ({"peft_type": "LILY"}, "leaves no change of weights that can be merged"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(keys, sentence):
+    make_base("llama-tied")
+    stage = METHODS["peft"](parent="base", dataset="d", method="peft", lr=0.01, steps=1, peft=keys)
+    with pytest.raises(MistakeError, match=sentence):
+        train.put_on(stage, fresh(), torch.float32)
+
+
 def test_no_biases_can_be_added_where_the_architecture_knows_none():
     make_base("qwen2")
     with pytest.raises(MistakeError, match="has no setting for biases"):
@@ -181,8 +257,6 @@ def test_the_embedding_can_be_trained(model):
     publish_stage(stage, wrapped)
     _, (opened,) = open_stages(["one"])
     assert "model.embed_tokens" in opened.adapter.modules
-    from stages.model import load_model
-
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.allclose(load_model(opened, torch.float32)(ids).logits, wrapped.eval()(ids).logits, atol=2e-5)
@@ -196,9 +270,11 @@ def table():
     heads = ["method", "trains", "numbers per layer", "what speaks for it", "Llama", "Qwen2", "Qwen3", "GPT-2"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|--:|" + "---|" * 5]
     for case, (method, settings) in CASES.items():
-        given = {key: value for key, value in settings.items() if key in ("rslora", "init")}
+        given = {key: value for key, value in settings.items() if key in ("rslora", "init", "peft")}
         keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 100}
         model = LlamaForCausalLM(LlamaConfig(**size | (biases if method == "bitfit" else {})))
+        if method == "bottleneck":
+            model = base.add_neurons(model, 64)
         wrapped = train.put_on(METHODS[method](**keys | given), model, torch.float32)
         count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         marks = ["–" if (case, model) in REFUSED else "yes" for model in MODELS]

@@ -1,0 +1,72 @@
+"""New neurons beside those of the MLP: a parallel adapter (arXiv 2110.04366) that becomes part of a plain model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages.errors import MistakeError
+from stages.layers import Range, exactly, linear_modules, mlp_width, parse, select
+from stages.methods.stage import Training
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+class Bottleneck(Training):
+    """Some of the neurons that `base.extra_neurons` adds to every MLP: their input and output weights are trained.
+
+    It is saved as a LoRA, one factor of which is frozen and picks the neurons: B [out, neurons] where the MLP reads the
+    hidden state, and A [neurons, in] where it writes to it. So it is merged, measured and loaded like any other.
+    """
+
+    method: Literal["bottleneck"]
+    neurons: Range = "all"
+
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
+        """Adapt the MLP's matrices among `modules`.
+
+        Raises:
+            MistakeError: the base has no extra neurons, or not these.
+        """
+        from peft import LoraConfig
+
+        count = len(chosen_neurons(self.neurons, getattr(model.config, "extra_neurons", 0)))
+        inside = set(select(model, {"mlp": "all"}))
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=count,
+            lora_alpha=count,
+            target_modules=exactly([path for path in linear_modules(model, modules) if path in inside]),
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
+
+    def started(self, model: PeftModel) -> None:
+        """Let one factor of each matrix pick the neurons; the writing one starts at zero, so nothing changes yet."""
+        import torch
+        from peft.tuners.lora import LoraLayer
+
+        width, extra = mlp_width(model.config) or 0, model.config.extra_neurons
+        rows = torch.tensor(chosen_neurons(self.neurons, extra)) + width - extra
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        with torch.no_grad():
+            for layer in layers:
+                down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                picks = down if layer.in_features == width else up.T
+                picks.zero_()[range(len(rows)), rows] = 1
+                (down if layer.in_features == width else up).requires_grad_(False)
+
+
+def chosen_neurons(neurons: Range, extra: int) -> list[int]:
+    """Numbers of the chosen ones among the extra neurons, from 0."""
+    if not extra:
+        raise MistakeError(
+            "params.yaml: method 'bottleneck' trains neurons that are added to the MLPs; write base.extra_neurons: 64"
+        )
+    try:
+        return parse(neurons, extra)
+    except MistakeError:
+        raise MistakeError(
+            f"params.yaml: a stage's neurons are {neurons!r}, but base.extra_neurons gives it 0-{extra - 1};"
+            " stay within them"
+        ) from None
