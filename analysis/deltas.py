@@ -161,6 +161,19 @@ def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     ).reset_index()
 
 
+def tidy(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line for each number: stage, layer, module, parameter, metric, value and its rounding floor.
+
+    Args:
+        rows: of `Measured`.
+    """
+    keys = ["stage", "layer", "module", "parameter"]
+    table = summarise(rows, keys)
+    long = table.melt(keys, ["relative_change", "unchanged", "max_abs"], "metric", "value")
+    floors = table[keys].assign(metric="relative_change", floor=table["floor"])
+    return long.merge(floors, "left", [*keys, "metric"])
+
+
 def cosines(gram: Matrix) -> Matrix:
     """⟨Δᵢ,Δⱼ⟩/‖Δᵢ‖‖Δⱼ‖ [n, n]; not a number where a delta is zero."""
     norms = np.sqrt(np.diag(gram))

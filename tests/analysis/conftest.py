@@ -67,6 +67,7 @@ class Project:
         write_json(folder / "stage.json", record | {"settings": settings, "trained_parameters": 7})
         curve = [{"stage": name, "step": step, "loss": 2.0 / step} for step in (1, 2)]
         write_json(Path("reports/train") / f"{name}.curve.json", curve)
+        write_json(Path("reports/train") / f"{name}.json", {name: {"steps": 2, "tokens": 64}})
         write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100}})
 
     def merge(self) -> None:

@@ -2,13 +2,25 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 
-from analysis import report
+from analysis import report, view, words
 from analysis.skills import is_worse
 from stages import params
+from stages.errors import MistakeError
+from stages.weights.checkpoint import open_stages
 
-OUTPUTS = ["report.html", "evaluation.svg", "layers.svg", "layers.json", "metrics.json"]
+OUTPUTS = [
+    "report.html",
+    "report.md",
+    "lineage.json",
+    "deltas.parquet",
+    "evaluation.svg",
+    "layers.svg",
+    "layers.json",
+    "metrics.json",
+]
 
 
 def headline():
@@ -53,14 +65,14 @@ def test_headline_says_when_the_merge_lost_nothing(project):
     text = headline()
     assert "The merge lost no skill" in text
     assert "No later stage lowered" in text
-    assert report.guesses(report.gather(params.load())) == []
+    assert words.guesses(report.gather(params.load())) == []
 
 
 def test_headline_says_when_a_later_stage_harmed_an_earlier_skill(project):
     project.merge()
     project.evaluation(names_on_sums=0.5)
     assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline()
-    assert "names (layers 1)" in report.guesses(report.gather(params.load()))[0]
+    assert "names (layers 1)" in words.guesses(report.gather(params.load()))[0]
 
 
 def test_headline_says_when_a_frozen_layer_changed(project):
@@ -113,3 +125,48 @@ def test_an_embedding_may_change_where_the_stage_names_it(project, declared):
     project.merge()
     project.evaluation()
     assert ("Something changed that was declared untouched" in headline()) != declared
+
+
+def test_the_log_of_actions_tells_who_did_what(project):
+    project.merge()
+    project.evaluation(merged=0.3, names_on_sums=0.5)
+    report.main()
+    log = {entry["stage"]: entry for entry in json.loads(Path("reports/lineage.json").read_text())}
+    assert list(log) == ["sums", "names", "prose"]
+    sums = log["sums"]
+    assert sums["given"]["parent"] == "base" and sums["trained"]["layers"] == sums["changed"]["layers"] == "0-1"
+    assert sums["changed"]["tensors"] == 2 * 7  # every matrix of two layers
+    assert sums["gained"] == {"skill": "sums", "measure": "accuracy", "before": 0.1, "after": 0.8}
+    later, merged = sums["since"]
+    assert (later["by"], later["tensors"], later["before"], later["after"]) == ("names", 7, 0.8, 0.5)
+    assert merged["survival"] == pytest.approx(1, rel=1e-4) and (merged["before"], merged["after"]) == (0.8, 0.3)
+    page = Path("reports/report.html").read_text()
+    assert "names writes to 7 of its tensors" in page and "its skill went 80 % → 30 %" in page
+
+
+def test_the_short_report_and_the_table_of_all_numbers(project):
+    project.merge()
+    project.evaluation()
+    report.main()
+    text = Path("reports/report.md").read_text()
+    assert len(text.splitlines()) <= 60
+    assert "| sums | lora, layers 0-1, on base | sums (accuracy) | 10 % | 80 % | 80 % |" in text
+    table = pd.read_parquet("reports/deltas.parquet")
+    row = table[(table.stage == "sums") & (table.layer == 0) & (table.module == "self_attn.q_proj")]
+    _, (sums,) = open_stages(["sums"])
+    path = "model.layers.0.self_attn.q_proj"
+    truth = sums.delta(path)["weight"].double().norm() / sums.parent.module(path)["weight"].double().norm()
+    assert float(row[row.metric == "relative_change"].value.iloc[0]) == pytest.approx(float(truth), rel=1e-6)
+    assert len(table[table.stage == "prose"]) == 3 * 9
+
+
+def test_view_prints_the_headline(project, capsys, monkeypatch):
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    with pytest.raises(MistakeError, match="run `dvc repro`"):
+        view.main()
+    project.merge()
+    project.evaluation()
+    report.main()
+    view.main()
+    text = capsys.readouterr().out
+    assert text.startswith("- On the skill that it was trained on") and "open reports/report.html" in text

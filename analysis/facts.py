@@ -1,0 +1,90 @@
+"""Everything that the report tells, gathered from what the pipeline left and from the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.deltas import Measured, frozen_check, measure, summarise
+from analysis.skills import Cell, Change, changes
+from stages import params
+from stages.files import CHECKPOINTS, REPORTS, read_json
+from stages.layers import OUTSIDE, names_outside
+from stages.merging.merged import Merged, open_merged
+from stages.weights.checkpoint import open_stages
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the report tells, before it is put into words and pictures.
+
+    Attributes:
+        settings: params.yaml.
+        measured: weights, from `analysis.deltas.measure`.
+        records: stage.json of the base and of every stage.
+        matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
+        retention: of the same file, by stage.
+        questions: number of evaluation records by dataset.
+        curves: loss curve of every stage.
+        declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
+    """
+
+    settings: params.Params
+    measured: Measured
+    records: dict[str, dict[str, Any]]
+    matrix: dict[str, dict[str, Cell]]
+    retention: dict[str, dict[str, Any]]
+    questions: dict[str, int]
+    curves: dict[str, list[dict[str, Any]]]
+    declared: dict[str, list[int]]
+
+    @property
+    def merged_stages(self) -> list[str]:
+        """Stages in the merge, in the order of params.yaml."""
+        return [name for name in self.settings.stages if name in self.settings.merge.weights]
+
+    @property
+    def changed(self) -> list[Change]:
+        """Skills before and after each later stage and the merge."""
+        return changes(self.matrix, self.settings, self.questions)
+
+    @property
+    def gram(self) -> np.ndarray:
+        """Inner products over the whole model."""
+        count = len(self.measured.names)
+        return sum(self.measured.grams.values(), np.zeros((count, count)))
+
+    @property
+    def whole(self) -> pd.DataFrame:
+        """Metrics of each checkpoint over all that it changes, by name; one that changes nothing has none."""
+        return summarise(self.measured.rows, ["stage"]).set_index("stage").reindex(self.measured.names)
+
+    @property
+    def frozen(self) -> pd.DataFrame:
+        """The frozen check of every stage and of the merged file."""
+        return frozen_check(self.measured, self.declared)
+
+
+def gather(settings: params.Params) -> Facts:
+    """Read what the other stages left, and measure the weights."""
+    base, stages = open_stages(list(settings.stages))
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    exact = Merged(base, listed, settings.merge)
+    evaluation = read_json(REPORTS / "evaluation.json")
+    records = {name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]}
+    return Facts(
+        settings=settings,
+        measured=measure(stages, exact, open_merged(base, listed, settings.merge)),
+        records=records,
+        matrix=evaluation["matrix"],
+        retention=evaluation["retention"],
+        questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in settings.datasets},
+        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in settings.stages},
+        declared={
+            name: [*records[name]["layers"], *([OUTSIDE] if names_outside(stage.layers, base.skeleton) else [])]
+            for name, stage in settings.stages.items()
+        },
+    )
