@@ -29,6 +29,7 @@ class Facts:
         retention: of the same file, by stage.
         questions: number of evaluation records by dataset.
         curves: loss curve of every stage.
+        probe: of reports/probe.json: what the running models do.
         declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
     """
 
@@ -39,6 +40,7 @@ class Facts:
     retention: dict[str, dict[str, Any]]
     questions: dict[str, int]
     curves: dict[str, list[dict[str, Any]]]
+    probe: dict[str, Any]
     declared: dict[str, list[int]]
 
     @property
@@ -83,6 +85,7 @@ def gather(settings: params.Params) -> Facts:
         retention=evaluation["retention"],
         questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in settings.datasets},
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in settings.stages},
+        probe=read_json(REPORTS / "probe.json"),
         declared={
             name: [*records[name]["layers"], *([OUTSIDE] if names_outside(stage.layers, base.skeleton) else [])]
             for name, stage in settings.stages.items()

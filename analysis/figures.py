@@ -239,6 +239,69 @@ def floor_lines(cells: pd.DataFrame, layers: int) -> str:
 
 
 @mpl.rc_context(STYLE)
+def drift_lines(probe: dict[str, Any], layers: int) -> str:
+    """How far the hidden states of each checkpoint are from the base's, by layer, on both kinds of texts.
+
+    Args:
+        probe: of reports/probe.json.
+        layers: how many layers the model has.
+    """
+    checkpoints, floor = probe["checkpoints"], 100 * np.array(probe["floor"]["drift"])
+    lines = math.ceil(len(checkpoints) / 2)
+    figure = Figure((WIDTH, 2.1 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    kinds = [("off", "texts of other kinds", COLOURS[5], "--"), ("on", "texts like the training's", COLOURS[0], "-")]
+    for axes, (name, found) in zip(panels, checkpoints.items(), strict=False):
+        for layer in found["trained"]:
+            axes.axvspan(layer - 0.5, layer + 0.5, color="#eef3f8", lw=0)
+        axes.fill_between(range(layers), 0, floor, color=GREY, lw=0, label="noise of bfloat16")
+        for domain, label, colour, style in kinds:
+            mean, low, high = (100 * np.array(found[domain]["drift"][part]) for part in ("mean", "low", "high"))
+            axes.fill_between(range(layers), low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(range(layers), mean, style, color=colour, lw=1.6, label=label)
+        axes.set(title=name, xlim=(-0.5, layers - 0.5), ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    for axes in panels[len(checkpoints) :]:
+        axes.set_axis_off()
+    for axes in panels[-2:]:
+        axes.set_xlabel("layer (shaded: trained)")
+    figure.supylabel("drift, % of the hidden state's size", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    return _svg(figure, {}, "Drift of the hidden states by layer")
+
+
+@mpl.rc_context(STYLE)
+def ablation_map(rows: list[dict[str, Any]], own: dict[str, str]) -> str:
+    """Change of the loss on every skill when a group of a stage's layers is as its parent has them.
+
+    Args:
+        rows: of reports/probe.json: stage, layers, dataset, loss, without.
+        own: by stage, the skill that it was trained on; its cells are framed.
+    """
+    skills = list(dict.fromkeys(row["dataset"] for row in rows))
+    groups = list(dict.fromkeys((row["stage"], row["layers"][0], row["layers"][-1]) for row in rows))
+    largest = max((abs(row["without"] - row["loss"]) for row in rows), default=0) or 1.0
+    norm, colour, tips = Normalize(-largest, largest), mpl.colormaps["PuOr_r"], {}
+    figure = Figure((max(7.0, 3.2 + 1.6 * len(skills)), 0.36 * len(groups) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.5, len(skills) - 0.5), ylim=(max(len(groups), 1) - 0.5, -0.5))
+    for row in rows:
+        x, y = skills.index(row["dataset"]), groups.index((row["stage"], row["layers"][0], row["layers"][-1]))
+        change, gid = row["without"] - row["loss"], f"a{y}_{x}"
+        _cell(axes, x, y, colour(norm(change)), gid)
+        ink = "white" if abs(change) > 0.65 * largest else INK
+        axes.text(x, y, f"{change:+.2f}", ha="center", va="center", color=ink)
+        tips[gid] = f"{row['dataset']}: loss {row['loss']:.3f} with all of {row['stage']}, {row['without']:.3f} without"
+        if own[row["stage"]] == row["dataset"]:
+            axes.add_patch(Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, fill=False, ec="#D55E00", lw=1.8))
+    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    axes.set_yticks(range(len(groups)), [f"{stage}, layers {first}-{last}" for stage, first, last in groups])
+    axes.xaxis.tick_top()
+    _bare(axes)
+    return _svg(figure, tips, "Loss of every skill without a group of layers")
+
+
+@mpl.rc_context(STYLE)
 def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
     """Training loss by step, one panel for each stage on one scale.
 

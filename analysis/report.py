@@ -56,13 +56,13 @@ def draw(facts: Facts) -> dict[str, str]:
     labels = {name: label(facts, name) for name in facts.matrix}
     titles = [f"{name} · {labels[name]}" for name in measured.names]
     return {
-        "evaluation": figures.evaluation_matrix(
-            facts.matrix, labels, {name: stage.dataset for name, stage in facts.settings.stages.items()}, facts.changed
-        ),
+        "evaluation": figures.evaluation_matrix(facts.matrix, labels, facts.settings.skills, facts.changed),
         "layers": figures.heat_maps(by_module, measured.names, titles, measured.modules, measured.layers),
         "floor": figures.floor_lines(by_layer[by_layer["stage"] == "merged"], measured.layers),
         "whose": figures.whose_change(layer_shares(facts), list(facts.settings.stages), measured.layers),
         "cosines": figures.cosine_maps(facts.gram, measured.grams, measured.names, measured.layers),
+        "drift": figures.drift_lines(facts.probe, measured.layers),
+        "ablation": figures.ablation_map(facts.probe["ablation"], facts.settings.skills),
         "curves": figures.loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
     }
 
@@ -141,6 +141,7 @@ def render(facts: Facts, pictures: dict[str, str], template: str) -> str:
         unexplained=survival(facts.gram, facts.measured.names, facts.merged_stages).iloc[-1]["share"],
         frozen=list(facts.frozen.itertuples()),
         log=actions(facts),
+        probe=facts.probe,
     )
 
 

@@ -22,8 +22,7 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     merged = open_merged(*open_stages(list(settings.merge.weights)), settings.merge)
     matrix = read_json(REPORTS / "scores.json") | score_all([merged], settings)
-    skills = {name: stage.dataset for name, stage in settings.stages.items()}
-    write_json(REPORTS / "evaluation.json", {"matrix": matrix, "retention": retention(matrix, skills)})
+    write_json(REPORTS / "evaluation.json", {"matrix": matrix, "retention": retention(matrix, settings.skills)})
 
 
 def retention(matrix: Matrix, skills: dict[str, str]) -> dict[str, dict[str, Any]]:

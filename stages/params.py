@@ -225,6 +225,11 @@ class Params(BaseModel):
     search: Search
     evaluate: Evaluate
 
+    @property
+    def skills(self) -> dict[str, str]:
+        """The dataset that shows each stage's skill, by stage."""
+        return {name: stage.dataset for name, stage in self.stages.items()}
+
     def ancestors(self, name: str) -> list[str]:
         """Stages between the base and stage `name`, the oldest first, `name` itself left out."""
         parent = self.stages[name].parent

@@ -61,9 +61,9 @@ def clone(project):
 def test_run_change_and_go_back(clone):
     everything = {
         *("base", "data@sums", "data@words", "train@sums", "train@words", "train@side"),
-        *("pick@sums", "pick@words", "pick@side", "merge", "score", "evaluate", "report"),
+        *("pick@sums", "pick@words", "pick@side", "merge", "score", "evaluate", "probe", "report"),
     }
-    after_merge = {"merge", "evaluate", "report"}
+    after_merge = {"merge", "evaluate", "probe", "report"}
     assert ran(dvc("repro")) == everything
 
     model = AutoModelForCausalLM.from_pretrained("merged")

@@ -71,10 +71,27 @@ class Project:
         write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100}})
 
     def merge(self) -> None:
+        self.probe()
         settings = params.load()
         base, stages = open_stages(sorted(settings.merge.weights))
         Path("merged").mkdir(exist_ok=True)
         write(Merged(base, stages, settings.merge), Path("merged"), {})
+
+    def probe(self) -> None:
+        """What analysis.probe would leave, with made-up numbers."""
+        drift = {"mean": [0.0, 0.1, 0.2, 0.3], "low": [0.0, 0.0, 0.1, 0.2], "high": [0.1, 0.2, 0.3, 0.4]}
+        domain = {"drift": drift, "kl": {"mean": 0.2, "low": 0.1, "high": 0.3}}
+        looks = {"sink": [0.1, 0.4, 0.5, 0.5], "entropy": [2.0, 1.0, 1.0, 1.0], "sets_in": 1}
+        found = {"on": domain, "off": domain, "attention": looks | {"divergence": [0.0, 0.1, 0.2, 0.1]}}
+        found |= {"trained": [1, 2], "lens": [0.1] * 4, "early": {"layers": 1, "left": 0.1, "share": 0.5}}
+        rows = [
+            {"stage": stage, "layers": [1, 2], "dataset": skill, "loss": 1.0, "without": 1.5}
+            for stage in STAGES
+            for skill in STAGES
+        ]
+        content = {"layers": 4, "floor": {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}, "base": looks}
+        content |= {"checkpoints": dict.fromkeys([*STAGES, "merged"], found), "ablation": rows}
+        write_json(Path("reports/probe.json"), content)
 
     def evaluation(self, merged: float = 0.8, names_on_sums: float = 0.8) -> None:
         """Every stage reaches 0.8 on its own skill; the two arguments are accuracies on `sums`."""

@@ -1,0 +1,266 @@
+"""What the training did to the running models: `python -m analysis.probe`.
+
+Every checkpoint reads the same texts as the base: some of each eval split (on-domain) and those of probes.jsonl
+(off-domain: other languages, code, prose). Compared layer by layer are the hidden states, what the output layer would
+make of them (the logit lens), and where attention goes; then early layers are reset, to see whether they are the
+cause, and layers of each stage are taken away, to see which carry its skill. Writes reports/probe.json.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages import params
+from stages.errors import run
+from stages.files import CHECKPOINTS, REPORTS, read_json, write_json
+from stages.layers import OUTSIDE, is_norm, layer_stack, place
+from stages.merging.merged import open_merged
+from stages.model import compute_dtype, device, load_model, load_tokenizer, set_weights
+from stages.records import encode, load_split
+from stages.score import mean_loss
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, Weights, open_stages
+
+PROBES = Path(__file__).with_name("probes.jsonl")
+ON_DOMAIN = 5  # records of each eval split
+LONGEST = 64  # tokens of a text
+LENS = 4  # positions of a text that the output layer looks at
+EARLY = 3  # the first of so many parts of the layers is reset
+GROUPS = 3  # of a stage's layers, each of which is taken away
+ABLATED = 12  # records of each eval split that an ablation is measured on
+SINK = 0.3  # attention to the first token from which a layer is said to have the sink
+RESAMPLES = 1000
+
+Layered = torch.Tensor  # float32 [layers]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model made of one text.
+
+    Attributes:
+        hidden: the embeddings, then the output of every layer, the last one normalised; float32 [layers + 1, tokens,
+            width].
+        attention: where each token looks, float32 [layers, heads, tokens, tokens]; rows sum to 1.
+    """
+
+    hidden: torch.Tensor
+    attention: torch.Tensor
+
+
+def main() -> None:
+    """Probe every checkpoint against the base."""
+    settings = params.load()
+    torch.set_num_threads(settings.threads)
+    base, stages = open_stages(list(settings.stages))
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    merged = open_merged(base, listed, settings.merge)
+    trained = {stage.name: read_json(CHECKPOINTS / stage.name / "stage.json")["layers"] for stage in stages}
+    trained["merged"] = sorted({layer for stage in listed for layer in trained[stage.name]})
+    texts = read_texts(settings)
+    model = _eager(base)
+    before = {domain: [watch(model, ids) for ids in each] for domain, each in texts.items()}
+    result: dict[str, Any] = {
+        "layers": model.config.num_hidden_layers,
+        "floor": floor(base, model, texts["off"], before["off"]),
+        "base": attention_of(before["off"]),
+        "checkpoints": {},
+    }
+    for checkpoint in tqdm([*stages, merged], desc="probe", unit="checkpoint", dynamic_ncols=True):
+        result["checkpoints"][checkpoint.name] = {
+            "trained": trained[checkpoint.name],
+            **probe(checkpoint, model, texts, before),
+        }
+    result["ablation"] = [row for stage in listed for row in ablate(stage, trained[stage.name], settings)]
+    write_json(REPORTS / "probe.json", _rounded(result))
+
+
+def read_texts(settings: params.Params) -> dict[str, list[torch.Tensor]]:
+    """Token ids [tokens] of the texts, `on` and `off` domain."""
+    tokenizer = load_tokenizer()
+    records = [record for name in settings.datasets for record in load_split(name, "eval")[:ON_DOMAIN]]
+    others = [json.loads(line)["text"] for line in PROBES.read_text(encoding="utf-8").splitlines()]
+    return {
+        "on": [torch.tensor(encode(record, tokenizer, LONGEST).ids) for record in records],
+        "off": [torch.tensor(tokenizer(text)["input_ids"][:LONGEST]) for text in others],
+    }
+
+
+@torch.inference_mode()
+def watch(model: PreTrainedModel, ids: torch.Tensor) -> Seen:
+    """Run a model with eager attention on one text."""
+    output = model(
+        input_ids=ids[None].to(model.device), output_hidden_states=True, output_attentions=True, use_cache=False
+    )
+    hidden, attention = (torch.cat(each).float().cpu() for each in (output.hidden_states, output.attentions))
+    return Seen(hidden, attention)
+
+
+def probe(
+    checkpoint: Weights, base: PreTrainedModel, texts: dict[str, list[torch.Tensor]], before: dict[str, list[Seen]]
+) -> dict[str, Any]:
+    """Everything that is compared between a checkpoint and the base model."""
+    model = _eager(checkpoint)
+    after = {domain: [watch(model, ids) for ids in each] for domain, each in texts.items()}
+    result: dict[str, Any] = {}
+    for domain, seen in after.items():
+        pairs = list(zip(before[domain], seen, strict=True))
+        result[domain] = {
+            "drift": interval(torch.stack([drift(*pair) for pair in pairs])),
+            "kl": interval(torch.stack([lens_divergence(base, model, *pair)[-1] for pair in pairs])),
+        }
+    pairs = list(zip(before["off"], after["off"], strict=True))
+    lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs]).mean(0)
+    shift = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
+    result["attention"] = attention_of(after["off"]) | {"divergence": shift.mean(1).tolist()}
+    early = reset_early(checkpoint, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
+    return result | {"lens": lens.tolist(), "early": early}
+
+
+def drift(before: Seen, after: Seen) -> Layered:
+    """Median over tokens of ‖h'−h‖/‖h‖ after each layer, without the first token: its norm is 100 times the others'."""
+    old, new = before.hidden[1:, 1:], after.hidden[1:, 1:]
+    return ((new - old).norm(dim=-1) / old.norm(dim=-1)).median(dim=1).values
+
+
+@torch.inference_mode()
+def lens_divergence(
+    base: PreTrainedModel, model: PreTrainedModel, before: Seen, after: Seen, first: int = -1
+) -> Layered:
+    """KL(base ‖ model) in nats of the next token, if each layer from `first` on were the last; over LENS positions."""
+    tokens = before.hidden.shape[1]
+    places = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
+    log_p, log_q = (
+        _lens(each, seen.hidden[1:][first:, places]) for each, seen in ((base, before), (model, after))
+    )  # [layers, positions, vocabulary]
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).cpu()
+
+
+def _lens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token; the last hidden state has been normalised already."""
+    head: Any = model.get_output_embeddings()
+    hidden = hidden.to(head.weight)
+    normed = torch.cat([final_norm(model)(hidden[:-1]), hidden[-1:]])
+    return head(normed).float().log_softmax(-1)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The normalisation between the last layer and the output layer."""
+    stack = layer_stack(model)
+    return next(m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
+
+
+def attention_of(seen: list[Seen]) -> dict[str, Any]:
+    """Sink mass (share of attention that goes to the first token) and entropy in bits, by layer, means over the heads.
+
+    `sets_in` is the first layer whose sink mass is above SINK, None if there is none.
+    """
+    sink = torch.stack([each.attention[:, :, 1:, 0].mean((1, 2)) for each in seen]).mean(0)
+    entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean((1, 2)) for each in seen]).mean(0)
+    above = (sink > SINK).nonzero()
+    return {"sink": sink.tolist(), "entropy": entropy.tolist(), "sets_in": int(above[0]) if len(above) else None}
+
+
+def attention_divergence(before: Seen, after: Seen) -> torch.Tensor:
+    """Jensen-Shannon divergence in bits of where the tokens look, float32 [layers, heads]."""
+    p, q = before.attention[:, :, 1:], after.attention[:, :, 1:]
+    middle = (p + q) / 2
+    return ((_x_log2(p) + _x_log2(q)) / 2 - _x_log2(middle)).sum(-1).mean(-1)
+
+
+def _x_log2(values: torch.Tensor) -> torch.Tensor:
+    return torch.special.xlogy(values, values) / np.log(2)
+
+
+def reset_early(
+    checkpoint: Weights,
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    texts: list[torch.Tensor],
+    before: list[Seen],
+    whole: float,
+) -> dict[str, Any]:
+    """Share of the divergence `whole` on `texts` that goes when the first third of the layers is the base's again.
+
+    `model` is left with these layers reset.
+    """
+    stack = layer_stack(model)
+    count = model.config.num_hidden_layers // EARLY
+    modules = [path for path in checkpoint.changed() if 0 <= place(path, stack)[0] < count]
+    if not modules:
+        return {"layers": count, "left": whole, "share": 0.0}
+    set_weights(model, checkpoint.base, modules)
+    pairs = zip(texts, before, strict=True)
+    left = np.mean([float(lens_divergence(base, model, old, watch(model, ids))[-1]) for ids, old in pairs])
+    return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}
+
+
+def floor(base: Checkpoint, model: PreTrainedModel, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
+    """Drift and divergence of the base against itself in float32: what running in bfloat16 alone makes."""
+    exact = _eager(base, torch.float32)
+    pairs = [(watch(exact, ids), each) for ids, each in zip(texts, seen, strict=True)]
+    lens = torch.stack([lens_divergence(exact, model, *pair, first=0) for pair in pairs]).mean(0)
+    drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
+    return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
+
+
+def ablate(stage: VirtualCheckpoint, trained: list[int], settings: params.Params) -> list[dict[str, Any]]:
+    """Loss of a stage on every skill in nats per token, whole and with a group of its layers as its parent has them."""
+    model, tokenizer = load_model(stage, compute_dtype(), device()), load_tokenizer()
+    stack = layer_stack(model)
+    records = {name: load_split(name, "eval")[:ABLATED] for name in settings.datasets}
+
+    def losses() -> dict[str, float]:
+        return {name: mean_loss(model, tokenizer, each, settings.evaluate.batch_size) for name, each in records.items()}
+
+    whole, rows = losses(), []
+    for group in np.array_split(trained, min(GROUPS, len(trained))):
+        modules = [path for path in stage.adapter.modules if place(path, stack)[0] in group]
+        set_weights(model, stage.parent, modules)
+        found = losses()
+        set_weights(model, stage, modules)
+        rows += [
+            {
+                "stage": stage.name,
+                "layers": group.tolist(),
+                "dataset": name,
+                "loss": whole[name],
+                "without": found[name],
+            }
+            for name in records
+        ]
+    return rows
+
+
+def interval(values: torch.Tensor) -> dict[str, Any]:
+    """Mean over texts [texts, …] and its 95 % bootstrap interval."""
+    numbers = values.double().numpy()
+    drawn = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
+    low, high = np.percentile(numbers[drawn].mean(1), [2.5, 97.5], axis=0)
+    return {"mean": numbers.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
+def _eager(checkpoint: Weights, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    model = load_model(checkpoint, dtype or compute_dtype(), device())
+    model.set_attn_implementation("eager")  # the others do not tell where the tokens look
+    return model
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_rounded(value) for value in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content
+
+
+if __name__ == "__main__":
+    run(main)

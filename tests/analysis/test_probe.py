@@ -1,0 +1,114 @@
+"""The running model: planted changes are found where they are, and every measure equals its formula by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr
+from transformers import AutoModelForCausalLM
+
+from analysis import probe
+from analysis.probe import Seen
+from stages import params
+from stages.files import BASE
+from stages.score import mean_loss
+from stages.weights.checkpoint import open_stages
+from tests.conftest import make_base, make_stage, make_tokenizer
+
+TEXTS = {"on": [torch.arange(1, 20), torch.arange(3, 30)], "off": [torch.arange(5, 40, 2), torch.arange(60, 90)]}
+
+
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def probed(**stages):
+    """Probe stages of random changes: their layers by name."""
+    make_base("llama-tied")
+    for name, layers in stages.items():
+        make_stage(name, fresh(), "full", layers)
+    base, opened = open_stages(list(stages))
+    model = probe._eager(base)
+    before = {domain: [probe.watch(model, ids) for ids in each] for domain, each in TEXTS.items()}
+    return [probe.probe(stage, model, TEXTS, before) for stage in opened]
+
+
+def test_drift_begins_at_the_first_trained_layer():
+    (found,) = probed(one="2")
+    for domain in ("on", "off"):
+        drift = found[domain]["drift"]["mean"]
+        assert drift[:2] == [0, 0] and min(drift[2:]) > 0.001  # the last layer is not trained: it propagates
+        assert found[domain]["kl"]["low"] <= found[domain]["kl"]["mean"] <= found[domain]["kl"]["high"]
+    assert found["lens"][:2] == [0, 0] and found["lens"][2] > 0
+    assert found["attention"]["divergence"][:2] == [0, 0]
+
+
+def test_early_layers_are_the_cause_where_only_they_changed():
+    early, late = probed(early="0", late="3")
+    assert early["early"]["share"] == 1 and early["early"]["left"] == 0
+    assert late["early"]["share"] == 0 and late["early"]["left"] == late["off"]["kl"]["mean"] > 0
+
+
+def test_divergence_is_that_of_the_two_models_own_logits():
+    make_base("llama-tied")
+    make_stage("one", fresh(), "full", "1-2")
+    base, (stage,) = open_stages(["one"])
+    models = [probe._eager(each) for each in (base, stage)]
+    ids = torch.arange(1, probe.LENS + 2)  # as many positions as are looked at
+    found = probe.lens_divergence(*models, *(probe.watch(model, ids) for model in models))
+    with torch.no_grad():
+        p, q = (model(ids[None]).logits[0, 1:].double().softmax(-1).numpy() for model in models)
+    assert found.shape == (1,) and float(found) == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-3)
+
+
+def test_attention_by_hand():
+    rows = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
+    other = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0.25, 0.25, 0.5]])
+    one, two = (Seen(torch.zeros(2, 3, 1), each.expand(1, 2, 3, 3)) for each in (rows, other))
+    found = probe.attention_of([one])
+    assert found["sink"] == [0.375] and found["entropy"] == [1.25] and found["sets_in"] == 0
+    p, q = np.array([0.5, 0.5]), np.array([1.0, 0])
+    js = (rel_entr(p, (p + q) / 2).sum() + rel_entr(q, (p + q) / 2).sum()) / 2 / np.log(2)
+    assert probe.attention_divergence(one, two).tolist() == [pytest.approx([js / 2] * 2)] and js > 0
+
+
+def test_intervals_hold_the_mean_of_few_texts():
+    found = probe.interval(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert found == {"mean": [2, 5], "low": [1, 5], "high": [3, 5]}
+
+
+def test_off_domain_texts_are_many_kinds_and_short():
+    records = [json.loads(line) for line in probe.PROBES.read_text().splitlines()]
+    assert {record["kind"] for record in records} >= {"prose", "language", "code"}
+    assert len({record["name"] for record in records}) == len(records) >= 12
+
+
+def test_the_whole_probe_of_a_project(project):
+    project.merge()
+    make_tokenizer().save_pretrained(BASE)
+    for name in ("sums", "names", "prose"):
+        for part in ("eval", "train"):
+            path = Path("data") / name / f"{part}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"prompt": "a b c", "completion": " d e"}\n' * 3)
+    probe.main()
+    first = Path("reports/probe.json").read_bytes()
+    probe.main()
+    assert Path("reports/probe.json").read_bytes() == first
+    found = json.loads(first)
+    assert list(found["checkpoints"]) == ["sums", "names", "prose", "merged"]
+    assert found["checkpoints"]["merged"]["trained"] == [0, 1, 2, 3]
+    assert found["checkpoints"]["prose"]["off"]["drift"]["mean"][:3] == [0, 0, 0]
+
+    _, stages = open_stages(["names"])
+    records = [{"prompt": "a b c", "completion": " d e"}] * 3
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16).eval()
+    for path in stages[0].changed():
+        source = stages[0].parent if ".layers.2." in path else stages[0]
+        for name, weight in source.module(path).items():
+            getattr(model.get_submodule(path), name).data.copy_(weight)
+    truth = mean_loss(model, probe.load_tokenizer(), records, params.load().evaluate.batch_size)
+    row = next(r for r in found["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums")
+    assert row["without"] == pytest.approx(truth, rel=1e-4) and row["without"] != row["loss"]
