@@ -6,34 +6,111 @@ from typing import Any
 
 import numpy as np
 
-from analysis.deltas import cosines
+from analysis.deltas import cosines, survival
 from analysis.facts import Facts
 from analysis.figures import percent
 from analysis.skills import Change, score
 
 ROUNDING = 0.25  # rounding error, as a share of the change, from which a card warns
 CONFLICT = -0.1  # cosine of two stages below which a card says that they undo each other
+LOST = 0.9  # rounding error, as a share of a stage's change, from which the change is lost
+SENTENCES = 5
+SHIFT = 0.15  # of a stage's change; one of which no more is missing is in the file in full
+NORM = 0.1  # drift of a norm's gain from which the headline tells
 HALF = 0.5  # of a stage's gain; a merge that keeps less has lost the skill rather than some of it
 
 
 def headline(facts: Facts) -> list[str]:
-    """At most five sentences of fact, for a reader who knows no mathematics."""
-    sentences = [_learned(facts)]
+    """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
+    told = [_learned(facts), *_later(facts), _merge_sentence(facts)]
+    wrong = [*_touched(facts), *_conflicts(facts), *_rounded_away(facts), *_missing(facts), *_shifted(facts)]
+    wrong += _norms(facts)
+    well = [] if _rounded_away(facts) else [_rounding_sentence(facts)]
+    well += [] if _touched(facts) else ["Nothing outside the declared layers changed."]
+    return [*told, *wrong, *well][:SENTENCES]
+
+
+def _later(facts: Facts) -> list[str]:
     later = [change for change in facts.changed if change.model != "merged"]
-    harmed = [change for change in later if change.worse]
+    harmed = [f"{change.model} took {_went(change)}" for change in later if change.worse]
     if harmed:
-        told = "; ".join(f"{change.model} took {_went(change)}" for change in harmed)
-        sentences.append(f"Later stages harmed earlier skills: {told}.")
-    elif later:
-        sentences.append("No later stage lowered an earlier skill by more than chance explains.")
-    sentences += [_merge_sentence(facts), _rounding_sentence(facts)]
+        return [f"Later stages harmed earlier skills: {'; '.join(harmed)}."]
+    return ["No later stage lowered an earlier skill by more than chance explains."] if later else []
+
+
+def _touched(facts: Facts) -> list[str]:
     bad = facts.frozen[facts.frozen["max_abs"] != 0]
-    if len(bad):
-        names = ", ".join(bad["checkpoint"])
-        sentences.append(f"Something changed that was declared untouched: see the check of {names} in section 5.")
-    else:
-        sentences.append("Nothing outside the declared layers changed.")
-    return sentences
+    if not len(bad):
+        return []
+    names = ", ".join(bad["checkpoint"])
+    return [f"Something changed that was declared untouched: see the check of {names} in section 5."]
+
+
+def _conflicts(facts: Facts) -> list[str]:
+    """Pairs of stages whose changes point in opposite directions."""
+    names, angles = list(facts.settings.stages), cosines(facts.gram)
+    pairs = [(i, j) for i in range(len(names)) for j in range(i) if angles[i, j] < CONFLICT]
+    if not pairs:
+        return []
+    told = ", ".join(f"{names[j]} and {names[i]} (cosine {angles[i, j]:+.2f})" for i, j in pairs)
+    return [f"Stages undo each other, for their changes point in opposite directions: {told}."]
+
+
+def _rounded_away(facts: Facts) -> list[str]:
+    """Stages whose change rounding to the file's dtype takes away: the error is about the change itself, or larger."""
+    lost = [name for name in facts.merged_stages if facts.whole.loc[name, "floor_share"] > LOST]
+    if not lost:
+        return []
+    told = ", ".join(f"{name} (the error is {percent(facts.whole.loc[name, 'floor_share'])} of it)" for name in lost)
+    dtype = facts.settings.merge.dtype
+    return [f"Rounding to {dtype} takes away what a stage changed: {told}; store the file as float32."]
+
+
+def _kept(facts: Facts) -> dict[str, float]:
+    """Survival of each merged stage as a share of the weight that the merge was asked for, where that is one number."""
+    kept = survival(facts.gram, facts.measured.names, facts.merged_stages).set_index("stage")["survival"]
+    weights = facts.settings.merge.weights
+    return {n: kept[n] / w for n, w in weights.items() if isinstance(w, int | float) and w and n in kept}
+
+
+def _missing(facts: Facts) -> list[str]:
+    lost = {name: share for name, share in _kept(facts).items() if share < HALF}
+    if not lost:
+        return []
+    told = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in lost.items())
+    return [f"The file holds less than half of what the merge was asked for: {told}."]
+
+
+def _shifted(facts: Facts) -> list[str]:
+    """Stages that are in the file in full, and whose skill is not."""
+    told = []
+    for change in facts.changed:
+        if change.model == "merged" and change.worse and _kept(facts).get(change.stage, 0) > 1 - SHIFT:
+            first = min(facts.records[change.stage]["layers"])
+            lineage = [*facts.settings.ancestors(change.stage), change.stage]
+            others = [n for n in facts.merged_stages if n not in lineage and min(facts.records[n]["layers"]) < first]
+            if others:
+                told.append(f"{change.stage} (after {', '.join(others)})")
+    if not told:
+        return []
+    return [
+        "The change of a stage is in the file in full and its skill is not, where others changed the layers before it,"
+        f" which it reads: {'; '.join(told)}."
+    ]
+
+
+def _norms(facts: Facts) -> list[str]:
+    """Normalisations whose gain moved by more than NORM of its size."""
+    rows = facts.measured.rows[facts.measured.rows["module"].str.contains("norm|ln_")]
+    rows = rows[rows["delta"] > NORM * rows["weight"]]
+    if not len(rows):
+        return []
+    worst = rows.loc[(rows["delta"] / rows["weight"]).idxmax()]
+    return [
+        f"{len(rows)} norms moved by more than {percent(NORM)} of their gain, which scales all that a layer reads; the"
+        f" furthest is {worst['module']} of layer {worst['layer']} in {worst['stage']}, by"
+        f" {percent(worst['delta'] / worst['weight'])}."
+    ]
 
 
 def _learned(facts: Facts) -> str:

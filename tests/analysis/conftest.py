@@ -1,11 +1,13 @@
 """A tiny project in a temporary folder: a base, three stages, a merge, and what the other stages report."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import params
@@ -23,6 +25,7 @@ class Project:
     """The folder that the tests run in."""
 
     def __init__(self) -> None:
+        self.stages = dict(STAGES)
         self.params()
         torch.manual_seed(0)
         model = LlamaForCausalLM(
@@ -40,18 +43,18 @@ class Project:
 
     def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)) -> None:
         lines = ["seed: 0", "threads: 1", "base: {model: tiny}", "evaluate: {batch_size: 8}", "datasets:"]
-        lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in STAGES]
+        lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in self.stages]
         lines += ["stages:"]
-        for name, (parent, method, layers) in STAGES.items():
+        for name, (parent, method, layers) in self.stages.items():
             settings = f"dataset: {name}, method: {method}, layers: {layers!r}, lr: 1.0e-3, steps: 2"
             lines.append(f"  {name}: {{parent: {parent}, {settings}}}")
-        listed = ", ".join(f"{name}: {weight}" for name, weight in zip(STAGES, weights, strict=True) if weight)
+        listed = ", ".join(f"{name}: {weight}" for name, weight in zip(self.stages, weights, strict=True) if weight)
         lines += ["merge:", "  method: task_arithmetic", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
         Path("params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def train(self, name: str, secretly: Layers | None = None) -> None:
         """Random changes in place of training; `secretly` in other layers than stage.json will tell."""
-        parent, method, layers = STAGES[name]
+        parent, method, layers = self.stages[name]
         stage = METHODS[method](parent=parent, dataset=name, method=method, layers=layers, lr=1e-3, steps=2)
         declared = parse(layers, 4)
         model = LlamaForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
@@ -69,6 +72,20 @@ class Project:
         write_json(Path("reports/train") / f"{name}.curve.json", curve)
         write_json(Path("reports/train") / f"{name}.json", {name: {"steps": 2, "tokens": 64}})
         write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100}})
+
+    def plant(self, name: str, layers: str, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """Make it a stage on the base that changes every tensor of some layers as told: by name, given the weights."""
+        self.stages[name] = ("base", "full", layers)
+        self.params()
+        self.train(name)
+        file = Path("checkpoints") / name / "adapter_model.safetensors"
+        base, _ = open_stages([])
+        planted = {}
+        for key in load_file(file):
+            path, _, parameter = key.removeprefix("base_model.model.").replace(".ln_tuning_layers", "").rpartition(".")
+            weights = base.module(path)[parameter]
+            planted[key] = (weights + change(f"{path}.{parameter}", weights)).contiguous()
+        save_file(planted, file)
 
     def merge(self) -> None:
         self.probe()

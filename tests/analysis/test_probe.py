@@ -31,7 +31,7 @@ def probed(**stages):
         make_stage(name, fresh(), "full", layers)
     base, opened = open_stages(list(stages))
     model = probe._eager(base)
-    before = {domain: [probe.watch(model, ids) for ids in each] for domain, each in TEXTS.items()}
+    before = {domain: probe.watch(model, each) for domain, each in TEXTS.items()}
     return [probe.probe(stage, model, TEXTS, before) for stage in opened]
 
 
@@ -57,10 +57,19 @@ def test_divergence_is_that_of_the_two_models_own_logits():
     base, (stage,) = open_stages(["one"])
     models = [probe._eager(each) for each in (base, stage)]
     ids = torch.arange(1, probe.LENS + 2)  # as many positions as are looked at
-    found = probe.lens_divergence(*models, *(probe.watch(model, ids) for model in models))
+    found = probe.lens_divergence(*models, *(probe.watch(model, [ids])[0] for model in models))
     with torch.no_grad():
         p, q = (model(ids[None]).logits[0, 1:].double().softmax(-1).numpy() for model in models)
     assert found.shape == (1,) and float(found) == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-3)
+
+
+def test_texts_seen_together_are_as_seen_alone():
+    make_base("llama-tied")
+    model = probe._eager(open_stages([])[0])
+    for together, ids in zip(probe.watch(model, TEXTS["on"]), TEXTS["on"], strict=True):
+        (alone,) = probe.watch(model, [ids])
+        assert torch.allclose(together.hidden, alone.hidden, atol=1e-5)
+        assert torch.allclose(together.attention, alone.attention, atol=1e-6)
 
 
 def test_attention_by_hand():

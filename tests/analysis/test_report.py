@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+import torch
 
 from analysis import report, view, words
 from analysis.skills import is_worse
@@ -170,3 +171,66 @@ def test_view_prints_the_headline(project, capsys, monkeypatch):
     view.main()
     text = capsys.readouterr().out
     assert text.startswith("- On the skill that it was trained on") and "open reports/report.html" in text
+
+
+def noise(size):
+    def change(name, weights):
+        torch.manual_seed(len(name))
+        return size * torch.randn_like(weights) if weights.dim() == 2 else torch.zeros_like(weights)
+
+    return change
+
+
+def told(project):
+    project.merge()
+    project.evaluation()
+    sentences = report.headline(report.gather(params.load()))
+    assert len(sentences) <= 5
+    return " ".join(sentences)
+
+
+PROBLEMS = ["undo each", "takes away what", "than half", "file in full", "norms moved", "declared untouched"]
+
+
+def test_a_clean_run_has_no_problem(project):
+    assert not any(problem in told(project) for problem in PROBLEMS)
+
+
+def test_a_conflict_is_told(project):
+    project.plant("sums", "0-1", noise(0.01))
+    project.plant("names", "0-1", lambda name, weights: -noise(0.01)(name, weights))
+    assert "opposite directions: sums and names (cosine -1.00)" in told(project)
+
+
+def test_a_stage_lost_to_rounding_is_told(project):
+    project.plant("sums", "0-1", noise(1e-6))
+    project.params(dtype="bfloat16")
+    assert "Rounding to bfloat16 takes away what a stage changed: sums (" in told(project)
+
+
+def test_a_stage_that_another_takes_back_is_told(project):
+    project.plant("sums", "0-1", noise(0.01))
+    project.plant("names", "0-1", lambda name, weights: -0.9 * noise(0.01)(name, weights))
+    assert "sums and names (cosine -1.00)" in told(project)
+
+
+def test_a_norm_blown_up_is_told(project):
+    project.plant("prose", "3", lambda name, weights: weights * 0.4 * ("post_attention" in name))
+    assert "is post_attention_layernorm of layer 3 in prose, by 40 %." in told(project)
+    assert "2 norms moved by more than 10 % of their gain" in told(project)  # the stage's, and the merged file's
+
+
+def test_a_late_stage_whose_inputs_were_shifted_is_told(project):
+    project.plant("prose", "3", noise(0.01))
+    project.merge()
+    project.evaluation()
+    evaluation = json.loads(Path("reports/evaluation.json").read_text())
+    evaluation["matrix"]["merged"]["prose"]["accuracy"] = 0.3
+    Path("reports/evaluation.json").write_text(json.dumps(evaluation))
+    assert "changed the layers before it, which it reads: prose (after sums, names)." in headline()
+
+
+def test_a_stage_that_the_file_holds_little_of_is_told(project):
+    text = Path("params.yaml").read_text().replace("method: task_arithmetic", "method: linear\n  participants: all")
+    Path("params.yaml").write_text(text)
+    assert "33 % of sums, 33 % of names, 33 % of prose" in told(project)
