@@ -248,6 +248,7 @@ def drift_lines(probe: dict[str, Any], layers: int) -> str:
     """
     checkpoints, floor = probe["checkpoints"], 100 * np.array(probe["floor"]["drift"])
     lines = math.ceil(len(checkpoints) / 2)
+    top = max(max(found[domain]["drift"]["high"]) for found in checkpoints.values() for domain in ("on", "off"))
     figure = Figure((WIDTH, 2.1 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False).ravel()
     kinds = [("off", "texts of other kinds", COLOURS[5], "--"), ("on", "texts like the training's", COLOURS[0], "-")]
@@ -259,12 +260,12 @@ def drift_lines(probe: dict[str, Any], layers: int) -> str:
             mean, low, high = (100 * np.array(found[domain]["drift"][part]) for part in ("mean", "low", "high"))
             axes.fill_between(range(layers), low, high, color=colour, alpha=0.2, lw=0)
             axes.plot(range(layers), mean, style, color=colour, lw=1.6, label=label)
-        axes.set(title=name, xlim=(-0.5, layers - 0.5), ylim=(0, None))
+        axes.set(title=name, xlim=(-0.5, layers - 0.5), ylim=(0, 105 * max(top, 1e-6)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     for axes in panels[len(checkpoints) :]:
         axes.set_axis_off()
     for axes in panels[-2:]:
-        axes.set_xlabel("layer (shaded: trained)")
+        axes.set_xlabel("layer (shaded: trained by it or its parents)")
     figure.supylabel("drift, % of the hidden state's size", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     return _svg(figure, {}, "Drift of the hidden states by layer")

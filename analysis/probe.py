@@ -63,8 +63,9 @@ def main() -> None:
     base, stages = open_stages(list(settings.stages))
     listed = [stage for stage in stages if stage.name in settings.merge.weights]
     merged = open_merged(base, listed, settings.merge)
-    trained = {stage.name: read_json(CHECKPOINTS / stage.name / "stage.json")["layers"] for stage in stages}
-    trained["merged"] = sorted({layer for stage in listed for layer in trained[stage.name]})
+    own = {stage.name: read_json(CHECKPOINTS / stage.name / "stage.json")["layers"] for stage in stages}
+    lineages = {name: [*settings.ancestors(name), name] for name in own} | {"merged": [stage.name for stage in listed]}
+    trained = {name: sorted({layer for each in lineage for layer in own[each]}) for name, lineage in lineages.items()}
     texts = read_texts(settings)
     model = _eager(base)
     before = {domain: watch(model, each) for domain, each in texts.items()}
@@ -77,9 +78,9 @@ def main() -> None:
     for checkpoint in tqdm([*stages, merged], desc="probe", unit="checkpoint", dynamic_ncols=True):
         result["checkpoints"][checkpoint.name] = {
             "trained": trained[checkpoint.name],
-            **probe(checkpoint, model, texts, before),
+            **probe(checkpoint, base, model, texts, before),
         }
-    result["ablation"] = [row for stage in listed for row in ablate(stage, trained[stage.name], settings)]
+    result["ablation"] = [row for stage in listed for row in ablate(stage, own[stage.name], settings)]
     write_json(REPORTS / "probe.json", _rounded(result))
 
 
@@ -105,9 +106,13 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[Seen]:
 
 
 def probe(
-    checkpoint: Weights, base: PreTrainedModel, texts: dict[str, list[torch.Tensor]], before: dict[str, list[Seen]]
+    checkpoint: Weights,
+    origin: Checkpoint,
+    base: PreTrainedModel,
+    texts: dict[str, list[torch.Tensor]],
+    before: dict[str, list[Seen]],
 ) -> dict[str, Any]:
-    """Everything that is compared between a checkpoint and the base model."""
+    """Everything that is compared between a checkpoint and the base, as weights and as a model."""
     model = _eager(checkpoint)
     after = {domain: watch(model, each) for domain, each in texts.items()}
     result: dict[str, Any] = {}
@@ -121,7 +126,7 @@ def probe(
     lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs]).mean(0)
     shift = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
     result["attention"] = attention_of(after["off"]) | {"divergence": shift.mean(1).tolist()}
-    early = reset_early(checkpoint, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
+    early = reset_early(origin, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
     return result | {"lens": lens.tolist(), "early": early}
 
 
@@ -181,7 +186,7 @@ def _x_log2(values: torch.Tensor) -> torch.Tensor:
 
 
 def reset_early(
-    checkpoint: Weights,
+    origin: Checkpoint,
     base: PreTrainedModel,
     model: PreTrainedModel,
     texts: list[torch.Tensor],
@@ -194,10 +199,7 @@ def reset_early(
     """
     stack = layer_stack(model)
     count = model.config.num_hidden_layers // EARLY
-    modules = [path for path in checkpoint.changed() if 0 <= place(path, stack)[0] < count]
-    if not modules:
-        return {"layers": count, "left": whole, "share": 0.0}
-    set_weights(model, checkpoint.base, modules)
+    set_weights(model, origin, [path for path in origin.modules if 0 <= place(path, stack)[0] < count])
     pairs = zip(before, watch(model, texts), strict=True)
     left = np.mean([float(lens_divergence(base, model, *pair)) for pair in pairs])
     return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}

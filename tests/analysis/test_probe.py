@@ -32,7 +32,7 @@ def probed(**stages):
     base, opened = open_stages(list(stages))
     model = probe._eager(base)
     before = {domain: probe.watch(model, each) for domain, each in TEXTS.items()}
-    return [probe.probe(stage, model, TEXTS, before) for stage in opened]
+    return [probe.probe(stage, base, model, TEXTS, before) for stage in opened]
 
 
 def test_drift_begins_at_the_first_trained_layer():
@@ -47,8 +47,8 @@ def test_drift_begins_at_the_first_trained_layer():
 
 def test_early_layers_are_the_cause_where_only_they_changed():
     early, late = probed(early="0", late="3")
-    assert early["early"]["share"] == 1 and early["early"]["left"] == 0
-    assert late["early"]["share"] == 0 and late["early"]["left"] == late["off"]["kl"]["mean"] > 0
+    assert early["early"]["share"] == pytest.approx(1) and early["early"]["left"] == pytest.approx(0, abs=1e-9)
+    assert late["early"]["share"] == pytest.approx(0, abs=1e-6) and late["early"]["left"] > 0
 
 
 def test_divergence_is_that_of_the_two_models_own_logits():
@@ -109,6 +109,8 @@ def test_the_whole_probe_of_a_project(project):
     found = json.loads(first)
     assert list(found["checkpoints"]) == ["sums", "names", "prose", "merged"]
     assert found["checkpoints"]["merged"]["trained"] == [0, 1, 2, 3]
+    assert found["checkpoints"]["names"]["trained"] == [0, 1, 2]  # its parent's layers too
+    assert 0 < found["checkpoints"]["merged"]["early"]["share"] < 1
     assert found["checkpoints"]["prose"]["off"]["drift"]["mean"][:3] == [0, 0, 0]
 
     _, stages = open_stages(["names"])
