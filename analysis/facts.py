@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.deltas import Measured, frozen_check, measure, summarise
+from analysis.deltas import Measured, frozen_check, measure, summarise, survival
 from analysis.skills import Cell, Change, changes
 from stages import params
 from stages.files import CHECKPOINTS, REPORTS, read_json
@@ -43,28 +44,33 @@ class Facts:
     probe: dict[str, Any]
     declared: dict[str, list[int]]
 
-    @property
+    @cached_property
     def merged_stages(self) -> list[str]:
         """Stages in the merge, in the order of params.yaml."""
         return [name for name in self.settings.stages if name in self.settings.merge.weights]
 
-    @property
+    @cached_property
     def changed(self) -> list[Change]:
         """Skills before and after each later stage and the merge."""
         return changes(self.matrix, self.settings, self.questions)
 
-    @property
+    @cached_property
     def gram(self) -> np.ndarray:
         """Inner products over the whole model."""
         count = len(self.measured.names)
         return sum(self.measured.grams.values(), np.zeros((count, count)))
 
-    @property
+    @cached_property
     def whole(self) -> pd.DataFrame:
         """Metrics of each checkpoint over all that it changes, by name; one that changes nothing has none."""
         return summarise(self.measured.rows, ["stage"]).set_index("stage").reindex(self.measured.names)
 
-    @property
+    @cached_property
+    def kept(self) -> pd.DataFrame:
+        """Survival and share of each merged stage over the whole model, by name; the last row is `unexplained`."""
+        return survival(self.gram, self.measured.names, self.merged_stages).set_index("stage")
+
+    @cached_property
     def frozen(self) -> pd.DataFrame:
         """The frozen check of every stage and of the merged file."""
         return frozen_check(self.measured, self.declared)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.deltas import cosines, survival
+from analysis.deltas import cosines
 from analysis.facts import Facts
 from analysis.words import ranges
 from stages.files import CHECKPOINTS, REPORTS, read_json
@@ -80,12 +80,11 @@ def _merged(facts: Facts, name: str) -> list[dict[str, Any]]:
     """What the merge left of it; nothing for a stage that is not merged."""
     if name not in facts.merged_stages:
         return []
-    kept = survival(facts.gram, facts.measured.names, facts.merged_stages).set_index("stage")["survival"]
     retention, dataset = facts.retention[name], facts.settings.stages[name].dataset
     return [
         {
             "by": "merged",
-            "survival": _rounded(kept.get(name, np.nan)),
+            "survival": _rounded(facts.kept["survival"].get(name, np.nan)),
             "before": facts.matrix[name][dataset][retention["measure"]],
             "after": facts.matrix["merged"][dataset][retention["measure"]],
             "retention": retention["retention"],

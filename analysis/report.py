@@ -42,10 +42,11 @@ def write(facts: Facts) -> None:
         write_text(REPORTS / f"{name}.svg", pictures[name])
     write_json(REPORTS / "layers.json", layer_rows(facts))
     tidy(facts.measured.rows).to_parquet(REPORTS / "deltas.parquet", index=False)
-    write_json(REPORTS / "lineage.json", actions(facts))
     write_json(REPORTS / "metrics.json", metrics(facts))
+    told = contents(facts, pictures)
+    write_json(REPORTS / "lineage.json", told["log"])
     for template in ("report.md", "report.html"):
-        write_text(REPORTS / template, render(facts, pictures, template))
+        write_text(REPORTS / template, render(template, told))
 
 
 def draw(facts: Facts) -> dict[str, str]:
@@ -96,29 +97,28 @@ def layer_rows(facts: Facts) -> list[dict[str, Any]]:
 
 def metrics(facts: Facts) -> dict[str, Any]:
     """Flat numbers by stage for `dvc metrics`; what has no value is left out."""
-    kept = survival(facts.gram, facts.measured.names, facts.merged_stages).set_index("stage")
     result: dict[str, Any] = {}
     for name in facts.measured.names:
         row = facts.whole.loc[name]
         numbers = {"relative_change": row.relative_change, "rounding_floor": row.floor}
         if name == "merged":
-            numbers["unexplained"] = kept.loc["unexplained", "share"]
+            numbers["unexplained"] = facts.kept.loc["unexplained", "share"]
         else:
             own = facts.matrix[name][facts.settings.stages[name].dataset]
-            numbers |= {"survival": kept["survival"].get(name), **own, "retention": facts.retention[name]["retention"]}
+            numbers |= {"survival": facts.kept["survival"].get(name), **own}
+            numbers["retention"] = facts.retention[name]["retention"]
         result[name] = {
             key: _rounded(value) for key, value in numbers.items() if value is not None and math.isfinite(value)
         }
     return result | {"frozen_check": _rounded(facts.frozen["max_abs"].max())}
 
 
-def render(facts: Facts, pictures: dict[str, str], template: str) -> str:
+def render(template: str, told: dict[str, Any]) -> str:
     """The page (`report.html`, self-contained) or its short form (`report.md`).
 
     Args:
-        facts: what to tell.
-        pictures: from `draw`.
         template: file in analysis/templates.
+        told: from `contents`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -129,20 +129,25 @@ def render(facts: Facts, pictures: dict[str, str], template: str) -> str:
     )
     environment.filters["percent"] = percent
     environment.filters["score"] = score
-    return environment.get_template(template).render(
-        base=facts.records["base"],
-        settings=facts.settings,
-        headline=headline(facts),
-        guesses=guesses(facts),
-        cards=cards(facts),
-        pictures=pictures,
-        skills=_skill_rows(facts),
-        left=_left_rows(facts),
-        unexplained=survival(facts.gram, facts.measured.names, facts.merged_stages).iloc[-1]["share"],
-        frozen=list(facts.frozen.itertuples()),
-        log=actions(facts),
-        probe=facts.probe,
-    )
+    return environment.get_template(template).render(told)
+
+
+def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
+    """What the templates tell, by the names that they use."""
+    return {
+        "base": facts.records["base"],
+        "settings": facts.settings,
+        "headline": headline(facts),
+        "guesses": guesses(facts),
+        "cards": cards(facts),
+        "pictures": pictures,
+        "skills": _skill_rows(facts),
+        "left": _left_rows(facts),
+        "unexplained": facts.kept.loc["unexplained", "share"],
+        "frozen": list(facts.frozen.itertuples()),
+        "log": actions(facts),
+        "probe": facts.probe,
+    }
 
 
 def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
@@ -161,7 +166,7 @@ def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _left_rows(facts: Facts) -> list[dict[str, Any]]:
-    kept = survival(facts.gram, facts.measured.names, facts.merged_stages).set_index("stage")["survival"]
+    kept = facts.kept["survival"]
     weights = facts.settings.merge.weights
     return [
         {

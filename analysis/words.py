@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.deltas import cosines, survival
+from analysis.deltas import cosines
 from analysis.facts import Facts
 from analysis.figures import percent
 from analysis.skills import Change, score
@@ -23,10 +23,10 @@ HALF = 0.5  # of a stage's gain; a merge that keeps less has lost the skill rath
 def headline(facts: Facts) -> list[str]:
     """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
     told = [_learned(facts), *_later(facts), _merge_sentence(facts)]
-    wrong = [*_touched(facts), *_conflicts(facts), *_rounded_away(facts), *_missing(facts), *_shifted(facts)]
-    wrong += _norms(facts)
-    well = [] if _rounded_away(facts) else [_rounding_sentence(facts)]
-    well += [] if _touched(facts) else ["Nothing outside the declared layers changed."]
+    touched, rounded = _touched(facts), _rounded_away(facts)
+    wrong = [*touched, *_conflicts(facts), *rounded, *_missing(facts), *_shifted(facts), *_norms(facts)]
+    well = [] if rounded else [_rounding_sentence(facts)]
+    well += [] if touched else ["Nothing outside the declared layers changed."]
     return [*told, *wrong, *well][:SENTENCES]
 
 
@@ -68,8 +68,7 @@ def _rounded_away(facts: Facts) -> list[str]:
 
 def _kept(facts: Facts) -> dict[str, float]:
     """Survival of each merged stage as a share of the weight that the merge was asked for, where that is one number."""
-    kept = survival(facts.gram, facts.measured.names, facts.merged_stages).set_index("stage")["survival"]
-    weights = facts.settings.merge.weights
+    kept, weights = facts.kept["survival"], facts.settings.merge.weights
     return {n: kept[n] / w for n, w in weights.items() if isinstance(w, int | float) and w and n in kept}
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +146,14 @@ def make_stage(
         }
         write_json(folder / "stage.json", record)
     return wrapped
+
+
+def kill_once_saved(process: subprocess.Popen, seconds: float) -> None:
+    """Kill a training process and all that it started, as soon as it has left a state to go on from."""
+    deadline = time.monotonic() + seconds
+    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def make_outside(name: str, model: PreTrainedModel, config: PeftConfig, size: float = 0.05) -> PeftModel:

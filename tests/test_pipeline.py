@@ -1,18 +1,15 @@
 """The whole pipeline under DVC, on a tiny model, in a repository of its own."""
 
-import os
 import re
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.files import read_json, sha256
-from tests.conftest import PARAMS
+from tests.conftest import PARAMS, kill_once_saved
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,10 +105,7 @@ def test_killed_in_the_middle_repro_ends_with_the_same_bits(clone):
     process = subprocess.Popen(
         ["dvc", "repro", "train@sums"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 180
-    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_once_saved(process, 180)
     process.wait()
     assert not weights.exists()
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from stages.batches import Source
 from stages.files import BASE, sha256
 from stages.loop import Run, is_stale
 from stages.records import Example
-from tests.conftest import make_base
+from tests.conftest import kill_once_saved, make_base
 from tests.stages.test_train import make_examples, make_stage, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -179,10 +177,7 @@ def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project):
     weights.unlink()
 
     process = run_train("sums")
-    deadline = time.monotonic() + 120
-    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_once_saved(process, 120)
     process.communicate()
     assert not weights.exists()
 

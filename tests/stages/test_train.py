@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from stages.methods import METHODS
 from stages.model import load_model
 from stages.records import Example
 from stages.weights.checkpoint import open_stages
-from tests.conftest import ARCHITECTURES, make_base
+from tests.conftest import ARCHITECTURES, kill_once_saved, make_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,11 +167,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(project):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "stages.train", "sums"]
 
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    kill_once_saved(process, 120)
     assert process.wait() == -signal.SIGKILL
     assert not weights.exists()
 
