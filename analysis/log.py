@@ -22,7 +22,7 @@ def actions(facts: Facts) -> list[dict[str, Any]]:
 def _action(facts: Facts, name: str) -> dict[str, Any]:
     stage, record = facts.settings.stages[name], facts.records[name]
     spent = read_json(REPORTS / "train" / f"{name}.json")[name]
-    measure = facts.retention[name]["measure"]
+    measure, skill = facts.retention[name]["measure"], facts.settings.skills[name]
     rows = facts.measured.rows[facts.measured.rows["stage"] == name]
     return {
         "stage": name,
@@ -51,10 +51,10 @@ def _action(facts: Facts, name: str) -> dict[str, Any]:
             "checkpoint_bytes": sum(file.stat().st_size for file in (CHECKPOINTS / name).glob("*.safetensors")),
         },
         "gained": {
-            "skill": stage.dataset,
+            "skill": skill,
             "measure": measure,
-            "before": facts.matrix[stage.parent][stage.dataset][measure],
-            "after": facts.matrix[name][stage.dataset][measure],
+            "before": facts.matrix[stage.parent][skill][measure],
+            "after": facts.matrix[name][skill][measure],
         },
         "since": [*_later(facts, name), *_merged(facts, name)],
     }
@@ -68,7 +68,7 @@ def _later(facts: Facts, name: str) -> list[dict[str, Any]]:
     for later in facts.settings.stages:
         if name in facts.settings.ancestors(later):
             shared = own.merge(rows.loc[rows["stage"] == later, TENSOR])
-            skill = [c for c in facts.changed if c.model == later and c.dataset == facts.settings.stages[name].dataset]
+            skill = [c for c in facts.changed if c.model == later and c.dataset == facts.settings.skills[name]]
             entry = {"by": later, "tensors": len(shared)}
             if len(shared):
                 entry["cosine"] = _rounded(cosines(facts.gram)[names.index(name), names.index(later)])
@@ -80,7 +80,7 @@ def _merged(facts: Facts, name: str) -> list[dict[str, Any]]:
     """What the merge left of it; nothing for a stage that is not merged."""
     if name not in facts.merged_stages:
         return []
-    retention, dataset = facts.retention[name], facts.settings.stages[name].dataset
+    retention, dataset = facts.retention[name], facts.settings.skills[name]
     return [
         {
             "by": "merged",

@@ -104,7 +104,7 @@ def metrics(facts: Facts) -> dict[str, Any]:
         if name == "merged":
             numbers["unexplained"] = facts.kept.loc["unexplained", "share"]
         else:
-            own = facts.matrix[name][facts.settings.stages[name].dataset]
+            own = facts.matrix[name][facts.settings.skills[name]]
             numbers |= {"survival": facts.kept["survival"].get(name), **own}
             numbers["retention"] = facts.retention[name]["retention"]
         result[name] = {

@@ -57,12 +57,12 @@ def changes(matrix: dict[str, dict[str, Cell]], params: Params, questions: dict[
         questions: number of evaluation records by dataset.
     """
     pairs = [
-        (name, params.stages[earlier].dataset, stage.parent)
+        (name, params.skills[earlier], stage.parent)
         for name, stage in params.stages.items()
         for earlier in params.ancestors(name)
-        if params.stages[earlier].dataset != stage.dataset
+        if params.skills[earlier] != params.skills[name]
     ]
-    pairs += [("merged", params.stages[name].dataset, name) for name in params.merge.weights]
+    pairs += [("merged", params.skills[name], name) for name in params.merge.weights]
     return [_change(matrix, *pair, questions) for pair in dict.fromkeys(pairs)]
 
 

@@ -114,9 +114,9 @@ def _norms(facts: Facts) -> list[str]:
 
 def _learned(facts: Facts) -> str:
     told = []
-    for name, stage in facts.settings.stages.items():
+    for name in facts.settings.stages:
         measure_name = facts.retention[name]["measure"]
-        before, after = (facts.matrix[model][stage.dataset][measure_name] for model in ("base", name))
+        before, after = (facts.matrix[model][facts.settings.skills[name]][measure_name] for model in ("base", name))
         unit = "" if measure_name == "accuracy" else "a loss of "
         told.append(f"{name} went from {unit}{score(before, measure_name)} to {score(after, measure_name)}")
     return f"On the skill that it was trained on, {'; '.join(told)}."

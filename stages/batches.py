@@ -61,7 +61,7 @@ def sources(settings: params.Params, name: str, stage: Training, seed: int) -> l
     Raises:
         MistakeError: `max_length` cuts off every answer, or the batch is too small to hold all sources.
     """
-    dataset = settings.datasets[stage.dataset]
+    dataset = settings.datasets[settings.selected_from(stage.dataset)]
     if dataset.source == "mix":
         weights = dataset.weights()
         examples = {part: _encode(stage.dataset, name, stage, part) for part in weights}

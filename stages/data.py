@@ -236,13 +236,15 @@ def split_stream(records: Iterator[Record], dataset: params.Hub, where: str) -> 
 
 
 def show(name: str, count: int) -> None:
-    """Print the first training examples of dataset `name` token by token, with their weights.
+    """Print the first training examples of a dataset or selection `name` token by token, with their weights.
 
     Raises:
-        MistakeError: the base, which has the tokenizer, is not there.
+        MistakeError: the base, which has the tokenizer, or the selection is not there.
     """
     settings = params.load()
-    dataset = find(name, settings)
+    dataset = find(settings.selected_from(name), settings)
+    if name in settings.selections and not (DATA / name).is_dir():
+        raise MistakeError(f"{DATA / name} is missing, for it has not been chosen yet; run dvc repro select@{name}")
     if not BASE.is_dir():
         raise MistakeError(f"{BASE} is missing, and with it the tokenizer; run dvc repro base")
     from transformers import AutoTokenizer

@@ -6,6 +6,7 @@
 import difflib
 import itertools
 import re
+from graphlib import CycleError, TopologicalSorter
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,6 +156,19 @@ Setting = Annotated[Any, AfterValidator(_check_setting)]
 ByStage = Annotated[Any, AfterValidator(_check_parameter)]
 
 
+class Selection(Settings):
+    """A dataset of which only some tokens are learned: `python -m stages.select` says which.
+
+    `keep` is the share of its learned tokens that stay: those with the largest loss under `parent`, which the stage
+    that trains on the selection starts from, beside that under `reference`, which has learned what is worth it.
+    """
+
+    dataset: str
+    parent: str
+    reference: str
+    keep: float = Field(gt=0, lt=1)
+
+
 class AdapterSettings(Settings):
     """The merge as one PEFT adapter; `rank: null` takes what the merge has, `tolerance` is the error it may have."""
 
@@ -220,6 +234,7 @@ class Params(BaseModel):
     prefix_cache: float
     base: Base
     datasets: dict[str, Dataset]
+    selections: dict[str, Selection]
     stages: dict[str, Stage]
     merge: Merge
     search: Search
@@ -228,7 +243,11 @@ class Params(BaseModel):
     @property
     def skills(self) -> dict[str, str]:
         """The dataset that shows each stage's skill, by stage."""
-        return {name: stage.dataset for name, stage in self.stages.items()}
+        return {name: self.selected_from(stage.dataset) for name, stage in self.stages.items()}
+
+    def selected_from(self, name: str) -> str:
+        """The dataset whose tokens a selection chooses from; a dataset is itself."""
+        return self.selections[name].dataset if name in self.selections else name
 
     def ancestors(self, name: str) -> list[str]:
         """Stages between the base and stage `name`, the oldest first, `name` itself left out."""
@@ -245,7 +264,7 @@ def load(path: Path = PARAMS) -> Params:
     content = _read(path)
     _known_keys(
         content,
-        ["seed", "threads", "launch", "prefix_cache", "base", "datasets", "stages", "merge", "search", "evaluate"],
+        list(Params.model_fields),
         path,
         "",
     )
@@ -257,6 +276,10 @@ def load(path: Path = PARAMS) -> Params:
         base=_settings(content, "base", Base, path),
         datasets={
             name: _dataset(item, f"datasets.{name}", path) for name, item in _named(content, "datasets", path).items()
+        },
+        selections={
+            name: _validate(item, f"selections.{name}", Selection, path)
+            for name, item in (_named(content, "selections", path) if content.get("selections") else {}).items()
         },
         stages={
             name: _choose(item, f"stages.{name}", "method", METHODS, path)
@@ -367,7 +390,7 @@ def _settings(content: dict[str, Any], section: str, cls: type[Settings], path: 
     return _validate(item, section, cls, path)
 
 
-def _validate(item: dict[str, Any], where: str, cls: type[Settings], path: Path) -> Settings:
+def _validate(item: dict[str, Any], where: str, cls: type[Settings], path: Path) -> Any:
     _known_keys(item, list(cls.model_fields), path, f"{where}.")
     try:
         return cls.model_validate(item)
@@ -396,9 +419,10 @@ def _sentence(error: ValidationError, where: str, path: Path) -> str:
 def _check_references(params: Params, path: Path) -> None:
     for name, stage in params.stages.items():
         _one_of(stage.parent, ["base", *params.stages], f"stages.{name}.parent", "a stage", path)
-        _one_of(stage.dataset, list(params.datasets), f"stages.{name}.dataset", "a dataset", path)
-    for name in params.stages:
-        _refuse_cycle(params, name, path)
+        _one_of(stage.dataset, [*params.datasets, *params.selections], f"stages.{name}.dataset", "a dataset", path)
+    for name, selection in params.selections.items():
+        _check_selection(params, name, selection, path)
+    _refuse_circle(params, path)
     for name in params.merge.weights:
         _one_of(name, list(params.stages), f"merge.weights.{name}", "a stage", path)
     for name, stage in params.stages.items():
@@ -408,6 +432,15 @@ def _check_references(params: Params, path: Path) -> None:
             raise MistakeError(
                 f"{path}: stages.{name}.replay has nothing to replay, for its parent is base; remove the key"
             )
+
+
+def _check_selection(params: Params, name: str, selection: Selection, path: Path) -> None:
+    where = f"selections.{name}"
+    if name in params.datasets:
+        raise MistakeError(f"{path}: {where} has the name of a dataset; choose another")
+    _one_of(selection.dataset, list(params.datasets), f"{where}.dataset", "a dataset", path)
+    _one_of(selection.parent, ["base", *params.stages], f"{where}.parent", "a stage", path)
+    _one_of(selection.reference, ["base", *params.stages], f"{where}.reference", "a stage", path)
 
 
 def _check_protection(params: Params, name: str, stage: Training, path: Path) -> None:
@@ -428,15 +461,21 @@ def _one_of(name: str, known: list[str], where: str, what: str, path: Path) -> N
         raise MistakeError(f"{path}: {where} names {name!r}, which is not {what}; {fix}")
 
 
-def _refuse_cycle(params: Params, start: str, path: Path) -> None:
-    seen = [start]
-    while (parent := params.stages[seen[-1]].parent) != "base":
-        if parent in seen:
-            raise MistakeError(
-                f"{path}: stages.{start}.parent closes a circle ({' → '.join([*seen, parent])});"
-                " let one of them start from base"
-            )
-        seen.append(parent)
+def _refuse_circle(params: Params, path: Path) -> None:
+    """A stage needs its parent and maybe a selection, which needs the two models that choose for it."""
+    needs = {f"stages.{name}": [f"stages.{stage.parent}"] for name, stage in params.stages.items()}
+    for name, stage in params.stages.items():
+        if stage.dataset in params.selections:
+            needs[f"stages.{name}"].append(f"selections.{stage.dataset}")
+    for name, selection in params.selections.items():
+        needs[f"selections.{name}"] = [f"stages.{selection.parent}", f"stages.{selection.reference}"]
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        raise MistakeError(
+            f"{path}: {circle[0]} closes a circle ({' → '.join(circle)}); let one of them start from base"
+        ) from None
 
 
 def main() -> None:

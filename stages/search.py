@@ -37,7 +37,7 @@ def main() -> None:
     settings = params.load()
     torch.set_num_threads(settings.threads)
     for name in settings.merge.weights:
-        dataset = settings.stages[name].dataset
+        dataset = settings.skills[name]
         if not settings.datasets[dataset].tune:
             raise MistakeError(f"params.yaml: datasets.{dataset}.tune is 0; the search needs some records, such as 50")
     for method in settings.search.methods or []:
@@ -135,7 +135,7 @@ class Trials:
         self._settings = settings
         self._base, self._stages = open_stages(sorted(settings.merge.weights))
         self._tokenizer = load_tokenizer()
-        self._records = {name: load_split(settings.stages[name].dataset, "tune") for name in settings.merge.weights}
+        self._records = {name: load_split(settings.skills[name], "tune") for name in settings.merge.weights}
         self._before = self._score(load_model(self._base, compute_dtype(), device()))
         self._learned = {
             stage.name: self._score(load_model(stage, compute_dtype(), device()), [stage.name])[stage.name]
@@ -193,7 +193,7 @@ def key(settings: params.Params) -> dict[str, Any]:
     return {
         "settings": settings.model_dump(include={"merge", "search", "evaluate", "threads"}),
         "checkpoints": [sha256([CHECKPOINTS / name / "stage.json"]) for name in used],
-        "data": [sha256([DATA / settings.stages[name].dataset / "tune.jsonl"]) for name in used[1:]],
+        "data": [sha256([DATA / settings.skills[name] / "tune.jsonl"]) for name in used[1:]],
         "code": sha256(sorted(Path("stages").rglob("*.py"))),
     }
 

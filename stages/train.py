@@ -145,8 +145,8 @@ def tuning(stage: Training, name: str) -> list[Example] | None:
     records = load_split(stage.dataset, "tune")
     if not records:
         raise MistakeError(
-            f"params.yaml: datasets.{stage.dataset}.tune is 0, but stages.{name} looks for its best step;"
-            " give the tuning split some records, such as 50"
+            f"params.yaml: stages.{name} looks for its best step, but tune is 0 in its dataset {stage.dataset!r}; give"
+            " the tuning split some records, such as 50"
         )
     tokenizer = load_tokenizer()
     return [encode(record, tokenizer, stage.max_length) for record in records]

@@ -186,6 +186,7 @@ datasets:
     source: file
     path: words.jsonl
     eval: 10
+selections: {}
 stages:
   sums:
     parent: base

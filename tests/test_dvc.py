@@ -57,4 +57,4 @@ def test_commands_are_run_as_modules_and_every_listed_file_exists(name):
 
 
 def test_the_order_of_the_documented_flow():
-    assert list(STAGES) == ["base", "data", "train", "pick", "merge", "score", "evaluate", "probe", "report"]
+    assert list(STAGES) == ["base", "data", "select", "train", "pick", "merge", "score", "evaluate", "probe", "report"]

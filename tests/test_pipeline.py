@@ -93,6 +93,17 @@ def test_a_chain_merged_in_full_scores_as_its_last_stage(clone):
         assert cell == pytest.approx(matrix["words"][dataset], abs=1e-4)
 
 
+def test_a_selection_comes_after_its_models_and_before_the_stage_that_trains_on_it(clone):
+    selection = "selections:\n  hard:\n    dataset: words\n    parent: base\n    reference: sums\n    keep: 0.5\n"
+    text = Path("params.yaml").read_text().replace("selections: {}\n", selection)
+    Path("params.yaml").write_text(text.replace("parent: sums\n    dataset: words", "parent: sums\n    dataset: hard"))
+    told = dvc("repro", "train@words")
+    order = [told.index(f"'{name}'") for name in ("data@words", "train@sums", "select@hard", "train@words")]
+    assert order == sorted(order)
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("keep: 0.5", "keep: 0.6"))
+    assert ran(dvc("repro", "train@words")) == {"select@hard", "train@words"}
+
+
 def test_killed_in_the_middle_repro_ends_with_the_same_bits(clone):
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 25", "steps: 200"))
     weights = Path("checkpoints/sums/adapter_model.safetensors")

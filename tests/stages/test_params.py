@@ -19,8 +19,32 @@ MISTAKES = {
     "key of another method": ("    method: ln", "    method: ln\n    rank: 4", "stages.words.rank is not a known key"),
     "unknown parent": ("parent: sums", "parent: sum", "stages.words.parent names 'sum', which is not a stage;"),
     "unknown dataset": ("dataset: words", "dataset: wrods", "stages.words.dataset names 'wrods'"),
-    "cycle": ("parent: base", "parent: words", "stages.sums.parent closes a circle (sums → words → sums)"),
-    "own parent": ("parent: sums", "parent: words", "closes a circle (words → words)"),
+    "cycle": (
+        "parent: base",
+        "parent: words",
+        "stages.sums closes a circle (stages.sums → stages.words → stages.sums)",
+    ),
+    "own parent": ("parent: sums", "parent: words", "closes a circle (stages.words → stages.words)"),
+    "selection of nothing": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: wrods, parent: base, reference: sums, keep: 0.5}",
+        "selections.hard.dataset names 'wrods', which is not a dataset; did you mean words?",
+    ),
+    "selection by nobody": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: words, parent: base, reference: smus, keep: 0.5}",
+        "selections.hard.reference names 'smus', which is not a stage; did you mean sums?",
+    ),
+    "selection of all": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: words, parent: base, reference: sums, keep: 1}",
+        "selections.hard.keep is 1; it should be less than 1",
+    ),
+    "selection named as a dataset": (
+        "selections: {}",
+        "selections:\n  sums: {dataset: words, parent: base, reference: sums, keep: 0.5}",
+        "selections.sums has the name of a dataset; choose another",
+    ),
     "layers outside": ("layers: 0-1", "layers: 0-4", "stages.sums.layers: '0-4' is outside the model"),
     "too many last layers": ("layers: last 2", "layers: last 9", "which has layers 0-3"),
     "layers backwards": ("layers: 0-1", "layers: 3-1", "runs backwards; write the smaller layer first"),
@@ -81,6 +105,14 @@ def test_each_mistake_gets_its_sentence(project, name):
     message = str(mistake.value)
     assert message.startswith("params.yaml") and sentence in message
     assert "\n" not in message and ";" in message
+
+
+def test_a_selection_cannot_be_made_by_the_stage_that_trains_on_it(project):
+    text = Path("params.yaml").read_text().replace("dataset: words", "dataset: hard")
+    selection = "selections:\n  hard: {dataset: words, parent: base, reference: words, keep: 0.5}"
+    Path("params.yaml").write_text(text.replace("selections: {}", selection))
+    with pytest.raises(MistakeError, match=r"closes a circle .*selections\.hard"):
+        params.load()
 
 
 def test_the_file_as_it_stands_is_right(project):
