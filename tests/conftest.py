@@ -176,6 +176,7 @@ launch: python
 base:
   model: model
   dtype: float32
+selections: {}
 datasets:
   sums:
     source: file
@@ -186,7 +187,6 @@ datasets:
     source: file
     path: words.jsonl
     eval: 10
-selections: {}
 stages:
   sums:
     parent: base
