@@ -71,7 +71,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         names=tally.names,
         rows=pd.DataFrame(tally.rows, columns=COLUMNS),
         grams=tally.grams,
-        modules=_kinds(base, stack),
+        modules=module_kinds(base, stack),
         layers=base.skeleton.config.num_hidden_layers,
         untouched=len(tally.untouched),
         untouched_max=max(tally.untouched, default=0.0),
@@ -113,9 +113,9 @@ class _Tally:
                     "module": where[1],
                     "parameter": name.rpartition(".")[2],
                     "entries": weight.numel(),
-                    "weight": _norm(weight),
-                    "delta": _norm(delta),
-                    "error": _norm(files[stage].float() - exact[stage]),
+                    "weight": norm(weight),
+                    "delta": norm(delta),
+                    "error": norm(files[stage].float() - exact[stage]),
                     "unchanged": int((files[stage] == rounded_base).sum()),
                     "max_abs": float(delta.abs().max()),
                 }
@@ -239,12 +239,14 @@ def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return 0.0 if torch.equal(first, second) else float((first.double() - second.double()).abs().max())
 
 
-def _norm(values: torch.Tensor) -> float:
+def norm(values: torch.Tensor) -> float:
+    """Frobenius norm, summed in float64."""
     # float32 would lose digits over millions of entries
     return float(sum(part.double().square().sum() for part in values.flatten().split(CHUNK))) ** 0.5
 
 
-def _kinds(base: Checkpoint, stack: str) -> list[str]:
+def module_kinds(base: Checkpoint, stack: str) -> list[str]:
+    """Kinds of modules that the layers of `base` hold, such as `self_attn.q_proj`, in the order of the model."""
     stored = {kind for path in base.modules for layer, kind in [place(path, stack)] if layer != OUTSIDE}
     ordered = [place(path, stack)[1] for path, _ in base.skeleton.named_modules()]
     return [kind for kind in dict.fromkeys(ordered) if kind in stored]

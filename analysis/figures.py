@@ -138,18 +138,19 @@ def evaluation_matrix(
 
 
 @mpl.rc_context(STYLE)
-def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str], layers: int) -> str:
-    """Whether changes point the same way: all pairs over the whole model, and pairs of stages by layer.
+def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str], layers: int, paired: int) -> str:
+    """Whether changes point the same way: all pairs over the whole model, and pairs of the first few by layer.
 
     Args:
         gram: inner products over the whole model, [names, names].
         grams: the same by layer.
-        names: stages, then `merged`.
+        names: stages, then `merged`; or models.
         layers: how many layers the model has.
+        paired: how many of `names`, from the first, are compared by layer.
     """
     norm, colour, tips = Normalize(-1, 1), mpl.colormaps["PuOr_r"], {}
     count, whole = len(names), cosines(gram)
-    pairs = [(i, j) for i in range(count - 1) for j in range(i)]
+    pairs = [(i, j) for i in range(paired) for j in range(i)]
     side = 0.62 * count + 0.9
     figure = Figure((WIDTH, max(side, 2.4)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[side, WIDTH - side - 0.5])
@@ -164,14 +165,14 @@ def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str]
     left.set_yticks(range(count), names)
     _bare(left)
     _layer_grid(right, [f"{names[j]} – {names[i]}" for i, j in pairs], layers)
-    right.set(title="pairs of stages, by layer (hatched: not in the same layer)", xlabel="layer")
+    right.set(title="pairs, by layer (hatched: not in the same layer)", xlabel="layer")
     for line, (i, j) in enumerate(pairs):
         for layer, inner in sorted(grams.items()):
             value = cosines(inner)[i, j]
             if layer >= 0 and np.isfinite(value):
                 _cell(right, layer, line, colour(norm(value)), f"p{line}_{layer}", edge=FAINT)
                 tips[f"p{line}_{layer}"] = f"{names[j]} and {names[i]}, layer {layer}: cosine {value:+.4f}"
-    return _svg(figure, tips, "Cosine between the changes of the stages and of the merge")
+    return _svg(figure, tips, "Cosine between the changes")
 
 
 @mpl.rc_context(STYLE)

@@ -61,7 +61,9 @@ def draw(facts: Facts) -> dict[str, str]:
         "layers": figures.heat_maps(by_module, measured.names, titles, measured.modules, measured.layers),
         "floor": figures.floor_lines(by_layer[by_layer["stage"] == "merged"], measured.layers),
         "whose": figures.whose_change(layer_shares(facts), list(facts.settings.stages), measured.layers),
-        "cosines": figures.cosine_maps(facts.gram, measured.grams, measured.names, measured.layers),
+        "cosines": figures.cosine_maps(
+            facts.gram, measured.grams, measured.names, measured.layers, paired=len(measured.names) - 1
+        ),
         "drift": figures.drift_lines(facts.probe, measured.layers),
         "ablation": figures.ablation_map(facts.probe["ablation"], facts.settings.skills),
         "curves": figures.loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
