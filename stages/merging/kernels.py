@@ -24,6 +24,7 @@ SHARES = {"density": (0, 1), "gamma": (0, 1), "epsilon": (0, 1), "select_topk": 
 # It weighs entries by the KL divergence of softmaxes that hardly differ. In float32 that is below the rounding of the
 # softmaxes: 5e-9 comes out as -8e-8, and what is kept is left to chance.
 FLOAT64 = {"arcee_fusion"}
+PART = 1 << 21  # entries of a delta that a kernel sees at once, where each entry is merged on its own
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,18 @@ class Kernel:
         stages = self.participants(list(models))
         if self.method.spec.name in TRIMMED and not values["rescale"]:
             deltas, values = trim({stage: model - base for stage, model in models.items()}, values)
-            return base + self._run(name, torch.zeros_like(base), deltas, values, stages)
+            return base + self._in_parts(name, deltas, values, stages)
         return self._run(name, base, models, values, stages)
+
+    def _in_parts(self, name: str, deltas: dict[str, torch.Tensor], values: Values, stages: list[str]) -> torch.Tensor:
+        """The merge of trimmed deltas, some rows at a time: what is left to do looks at each entry alone."""
+        first = next(iter(deltas.values()))
+        rows = max(1, PART * len(first) // max(1, first.numel()))
+        split = {stage: delta.split(rows) for stage, delta in deltas.items()}
+        parts = (dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True))
+        return torch.cat(
+            [self._run(name, torch.zeros_like(part[next(iter(part))]), part, values, stages) for part in parts]
+        )
 
     def _run(
         self, name: str, base: torch.Tensor, models: dict[str, torch.Tensor], values: Values, stages: list[str]
