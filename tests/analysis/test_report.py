@@ -142,7 +142,7 @@ def test_the_log_of_actions_tells_who_did_what(project):
     assert (later["by"], later["tensors"], later["before"], later["after"]) == ("names", 7, 0.8, 0.5)
     assert merged["survival"] == pytest.approx(1, rel=1e-4) and (merged["before"], merged["after"]) == (0.8, 0.3)
     page = Path("reports/report.html").read_text()
-    assert "names writes to 7 of its tensors" in page and "its skill went 80 % → 30 %" in page
+    assert "names writes to 7 of its tensors" in page and "sums went 80 % → 30 %" in page
 
 
 def test_the_short_report_and_the_table_of_all_numbers(project):
