@@ -12,14 +12,17 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analysis.spectra import effective_rank, singular_values
 from stages.layers import OUTSIDE, layer_stack, place
 from stages.merging.merged import Merged
+from stages.weights.adapter import Factors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 MERGED = "merged"
 CHUNK = 1 << 22  # entries that are float64 at one time
 
 COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
+SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions"]
 
 Matrix = np.ndarray
 
@@ -32,7 +35,8 @@ class Measured:
         names: the stages in the order of params.yaml, then `merged`.
         rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, entries, the
             Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
-            whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|.
+            whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
+            `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most.
         grams: by layer, inner products of all pairs of `names`, float64 [names, names].
         modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
         layers: how many layers the model has.
@@ -63,13 +67,15 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     for path, parameters in exact.modules.items():
         deltas = {stage.name: stage.delta(path) for stage in stages if path in stage.adapter.modules}
         whole = exact.module(path)
+        factors = {stage.name: stage.adapter.factors(path) for stage in stages if path in stage.adapter.modules}
         for parameter in parameters:
             name = f"{path}.{parameter}"
             own = {stage: delta[parameter] for stage, delta in deltas.items() if bool(delta[parameter].any())}
-            tally.add(name, place(path, stack), base.stored(name), file.stored(name), own, whole[parameter])
+            where = place(path, stack)
+            tally.add(name, where, base.stored(name), file.stored(name), own, whole[parameter], factors)
     return Measured(
         names=tally.names,
-        rows=pd.DataFrame(tally.rows, columns=COLUMNS),
+        rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
         grams=tally.grams,
         modules=module_kinds(base, stack),
         layers=base.skeleton.config.num_hidden_layers,
@@ -95,6 +101,7 @@ class _Tally:
         result: torch.Tensor,
         own: dict[str, torch.Tensor],
         whole: torch.Tensor,
+        factors: dict[str, Factors | None],
     ) -> None:
         """Take in one tensor: of the base, of the merged file, the deltas of its stages, and the exact merge."""
         weight, rounded_base = stored.float(), stored.to(result.dtype)
@@ -118,6 +125,7 @@ class _Tally:
                     "error": norm(files[stage].float() - exact[stage]),
                     "unchanged": int((files[stage] == rounded_base).sum()),
                     "max_abs": float(delta.abs().max()),
+                    **(_spectrum(delta, factors.get(stage)) if stage != MERGED and delta.dim() == 2 else {}),
                 }
             )
         if deltas:
@@ -170,6 +178,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     keys = ["stage", "layer", "module", "parameter"]
     table = summarise(rows, keys)
     long = table.melt(keys, ["relative_change", "unchanged", "max_abs"], "metric", "value")
+    long = pd.concat([long, rows.melt(keys, SPECTRUM, "metric", "value").dropna()], ignore_index=True)
     floors = table[keys].assign(metric="relative_change", floor=table["floor"])
     return long.merge(floors, "left", [*keys, "metric"])
 
@@ -233,6 +242,16 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
     text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
     checks.append((MERGED, text, measured.untouched_max))
     return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
+
+
+def _spectrum(delta: torch.Tensor, factors: Factors | None) -> dict[str, float]:
+    values = singular_values(delta, factors)
+    return {
+        "spectral_norm": float(values[0]),
+        "stable_rank": float(values.square().sum() / values[0].square()),
+        "effective_rank": effective_rank(values),
+        "directions": len(values),
+    }
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -144,6 +144,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "cards": cards(facts),
         "pictures": pictures,
         "skills": _skill_rows(facts),
+        "directions": _direction_rows(facts),
         "left": _left_rows(facts),
         "unexplained": facts.kept.loc["unexplained", "share"],
         "frozen": list(facts.frozen.itertuples()),
@@ -164,6 +165,27 @@ def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
             "merged": name in facts.settings.merge.weights,
         }
         rows.append(row | kept)
+    return rows
+
+
+def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Over the weight matrices of each stage: how many directions the middle one uses, and which has the strongest."""
+    matrices = facts.measured.rows.dropna(subset=["effective_rank"])
+    rows = []
+    for name in facts.settings.stages:
+        own = matrices[matrices["stage"] == name]
+        if len(own):
+            strongest = own.loc[own["spectral_norm"].idxmax()]
+            rows.append(
+                {
+                    "stage": name,
+                    "used": own["effective_rank"].median(),
+                    "available": int(own["directions"].median()),
+                    "loudness": own["stable_rank"].median(),
+                    "strongest": f"{strongest['module']} of layer {strongest['layer']}",
+                    "norm": strongest["spectral_norm"],
+                }
+            )
     return rows
 
 

@@ -158,7 +158,7 @@ def test_the_short_report_and_the_table_of_all_numbers(project):
     path = "model.layers.0.self_attn.q_proj"
     truth = sums.delta(path)["weight"].double().norm() / sums.parent.module(path)["weight"].double().norm()
     assert float(row[row.metric == "relative_change"].value.iloc[0]) == pytest.approx(float(truth), rel=1e-6)
-    assert len(table[table.stage == "prose"]) == 3 * 9
+    assert len(table[table.stage == "prose"]) == 3 * 9 + 4 * 7
 
 
 def test_view_prints_the_headline(project, capsys, monkeypatch):
