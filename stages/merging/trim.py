@@ -39,10 +39,14 @@ def trim(deltas: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dict[
 
 def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
     """Mask of the `count` entries of largest magnitude, of the delta's shape."""
-    magnitude = delta.abs().flatten().numpy()
-    if count == 0 or count >= len(magnitude):
+    if count == 0 or count >= delta.numel():
         return torch.full(delta.shape, count > 0)
-    threshold = np.partition(magnitude, len(magnitude) - count)[len(magnitude) - count]
+    smaller = delta.numel() - count
+    magnitude = delta.abs().flatten().numpy()
+    magnitude.partition(smaller)  # in place, and computed again below: a delta may be large
+    threshold = magnitude[smaller]
+    del magnitude
+    magnitude = delta.abs().flatten().numpy()
     mask = magnitude > threshold
     mask[np.flatnonzero(magnitude == threshold)[: count - int(mask.sum())]] = True
     return torch.from_numpy(mask).view_as(delta)
