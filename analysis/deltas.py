@@ -23,6 +23,7 @@ CHUNK = 1 << 22  # entries that are float64 at one time
 
 COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
 SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions"]
+CONFLICT = ["entries", "disagreeing", "size", "summed", "summed_by_chance"]
 
 Matrix = np.ndarray
 
@@ -37,6 +38,8 @@ class Measured:
             Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
             whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
             `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most.
+        conflicts: one row per tensor that several merged stages change: layer, stages (their names), and what
+            `sign_conflict` returns.
         grams: by layer, inner products of all pairs of `names`, float64 [names, names].
         modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
         layers: how many layers the model has.
@@ -46,6 +49,7 @@ class Measured:
 
     names: list[str]
     rows: pd.DataFrame
+    conflicts: pd.DataFrame
     grams: dict[int, Matrix]
     modules: list[str]
     layers: int
@@ -76,6 +80,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     return Measured(
         names=tally.names,
         rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
+        conflicts=pd.DataFrame(tally.conflicts, columns=["layer", "stages", *CONFLICT]),
         grams=tally.grams,
         modules=module_kinds(base, stack),
         layers=base.skeleton.config.num_hidden_layers,
@@ -90,6 +95,7 @@ class _Tally:
     def __init__(self, names: list[str], listed: set[str]) -> None:
         self.names, self.listed = names, listed
         self.rows: list[dict[str, object]] = []
+        self.conflicts: list[dict[str, object]] = []
         self.grams: dict[int, Matrix] = {}
         self.untouched: list[float] = []
 
@@ -128,6 +134,9 @@ class _Tally:
                     **(_spectrum(delta, factors.get(stage)) if stage != MERGED and delta.dim() == 2 else {}),
                 }
             )
+        if len(meeting := [stage for stage in own if stage in self.listed]) > 1:
+            found = sign_conflict([own[stage] for stage in meeting])
+            self.conflicts.append({"layer": where[0], "stages": ", ".join(meeting), **found})
         if deltas:
             here = [self.names.index(stage) for stage in deltas]
             gram = self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))
@@ -141,6 +150,29 @@ def inner_products(deltas: list[torch.Tensor]) -> Matrix:
         rows = torch.stack(parts).double()
         total += rows @ rows.T
     return total.numpy()
+
+
+def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
+    """How far deltas of one tensor pull its entries apart, as sums that can be added over tensors.
+
+    Unrelated deltas disagree in sign on 1 − 2^(1−T) of the entries, and so raw disagreement says nothing by itself.
+
+    Returns:
+        entries: those that every delta changes, and of them the `disagreeing`, whose signs are not all the same.
+        size: Σ|Δ|₁ over the deltas, and |ΣΔ|₁, what is left of it when they are `summed`.
+        summed_by_chance: the latter for unrelated normal deltas of the same sizes, whose squares add.
+    """
+    stacked = torch.stack([delta.flatten() for delta in deltas])
+    changed = (stacked != 0).all(0)
+    positive = (stacked > 0).sum(0)
+    sizes = stacked.abs().sum(1, dtype=torch.float64)
+    return {
+        "entries": int(changed.sum()),
+        "disagreeing": int((changed & (positive > 0) & (positive < len(deltas))).sum()),
+        "size": float(sizes.sum()),
+        "summed": float(stacked.sum(0).abs().sum(dtype=torch.float64)),
+        "summed_by_chance": float(sizes.square().sum().sqrt()),
+    }
 
 
 def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:

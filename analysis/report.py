@@ -17,15 +17,16 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis import figures
-from analysis.deltas import summarise, survival, tidy
+from analysis.deltas import CONFLICT, summarise, survival, tidy
 from analysis.facts import Facts, gather
 from analysis.figures import percent
 from analysis.log import actions
 from analysis.skills import score
-from analysis.words import cards, guesses, headline, label
+from analysis.words import cards, guesses, headline, label, ranges
 from stages import params
 from stages.errors import run
 from stages.files import REPORTS, write_json, write_text
+from stages.layers import OUTSIDE
 
 
 def main() -> None:
@@ -145,6 +146,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "pictures": pictures,
         "skills": _skill_rows(facts),
         "directions": _direction_rows(facts),
+        "conflicts": _conflict_rows(facts),
         "left": _left_rows(facts),
         "unexplained": facts.kept.loc["unexplained", "share"],
         "frozen": list(facts.frozen.itertuples()),
@@ -184,6 +186,25 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
                     "loudness": own["stable_rank"].median(),
                     "strongest": f"{strongest['module']} of layer {strongest['layer']}",
                     "norm": strongest["spectral_norm"],
+                }
+            )
+    return rows
+
+
+def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Stages that change the same tensors: whether they pull them apart, beside what unrelated changes would do."""
+    rows = []
+    for stages, found in facts.measured.conflicts.groupby("stages", sort=False):
+        totals = found[CONFLICT].sum()
+        if totals["entries"]:
+            rows.append(
+                {
+                    "stages": stages,
+                    "layers": ranges(sorted(set(found["layer"]) - {OUTSIDE})),
+                    "disagree": totals["disagreeing"] / totals["entries"],
+                    "disagree_by_chance": 1 - 2.0 ** -str(stages).count(","),
+                    "cancelled": 1 - totals["summed"] / totals["size"],
+                    "cancelled_by_chance": 1 - totals["summed_by_chance"] / totals["size"],
                 }
             )
     return rows

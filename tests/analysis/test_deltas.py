@@ -158,3 +158,34 @@ def test_a_merged_tensor_that_no_stage_changed_is_compared(project):
 def test_place_reads_layer_and_module():
     assert deltas.place("model.layers.12.self_attn.q_proj", "model.layers") == (12, "self_attn.q_proj")
     assert deltas.place("model.norm", "model.layers") == (deltas.OUTSIDE, "model.norm")
+
+
+@pytest.mark.parametrize(("count", "null"), [(2, 0.5), (3, 0.75), (4, 0.875)])
+def test_unrelated_deltas_disagree_as_often_as_chance_says(count, null):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1.0, count + 1)[:, None, None]
+    found = deltas.sign_conflict(list(sizes * torch.randn(count, 400, 500, generator=generator)))
+    assert found["disagreeing"] / found["entries"] == pytest.approx(null, abs=0.003)
+    assert found["summed"] == pytest.approx(found["summed_by_chance"], rel=0.005)
+
+
+def test_a_stage_and_its_opposite_disagree_everywhere_and_nothing_is_left():
+    delta = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    delta[0] = 0
+    found = deltas.sign_conflict([delta, -delta])
+    assert found["disagreeing"] == found["entries"] == 29 * 20
+    assert found["summed"] == 0 and found["size"] == pytest.approx(2 * float(delta.abs().sum()), rel=1e-6)
+    assert deltas.sign_conflict([delta, 2 * delta])["disagreeing"] == 0
+
+
+def test_only_merged_stages_that_meet_in_a_tensor_are_in_conflict(project):
+    project.merge()
+    found = measured().conflicts
+    assert set(found["stages"]) == {"sums, names"} and set(found["layer"]) == {1}
+    first, second = (dense(name) for name in ("sums", "names"))
+    shared = sorted(first.keys() & second.keys())
+    signs = [torch.cat([stage[key].flatten() for key in shared]).sign() for stage in (first, second)]
+    assert found["disagreeing"].sum() == int((signs[0] * signs[1] < 0).sum())
+    project.params(weights=(1.0, 0.0, 1.0))
+    project.merge()
+    assert not len(measured().conflicts)
