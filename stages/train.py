@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from stages import layers, params
-from stages.batches import REPLAY, Source, cut, derive_seed, sources
+from stages.batches import REPLAY, Source, derive_seed, sources
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.loop import fit
@@ -71,7 +71,7 @@ def main(name: str) -> None:
                     with accelerator.autocast():
                         remember_inputs(model, stage, shown, folder)
                 write_json(folder / "stage.json", record)
-            write_reports(name, record, curve, cut(shown, stage.max_length))
+            write_reports(name, record, curve, cut=sum(source.cut for source in shown))
 
 
 def find(name: str, settings: params.Params) -> Stage:

@@ -1,7 +1,9 @@
 """Which examples go into which step."""
 
-from stages.batches import Source, apportion
-from stages.records import Example
+import tracemalloc
+
+from stages.batches import Encoded, Source, apportion
+from stages.records import Example, Lines
 
 
 def make(count=10, size=4):
@@ -41,3 +43,36 @@ def test_shares():
     assert apportion({"a": 0.7, "b": 0.3}, 10) == {"a": 7, "b": 3}
     assert apportion({"a": 1, "b": 1, "c": 1}, 16) == {"a": 6, "b": 5, "c": 5}
     assert apportion({"a": 0.99, "b": 0.01}, 8) == {"a": 8, "b": 0}
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+
+def test_records_with_nothing_to_learn_and_other_parts_are_left_out_and_cuts_are_counted():
+    answers = ["a", "bcd", "e", "f"]
+    records = [
+        {"prompt": "12", "completion": text, "part": "y" if text == "e" else "x", "weight": float(text != "f")}
+        for text in answers
+    ]
+    found = Encoded(records, Bytes(), 4, part="x")
+    assert [bytes(example.ids) for example in found] == [b"12a\0", b"12bc"]
+    assert found.cut == 2
+
+
+def test_examples_of_a_large_file_are_not_in_memory(tmp_path):
+    path = tmp_path / "train.jsonl"
+    line = '{"text": "%s"}\n' % ("word " * 2000)
+    path.write_text(line * 500)
+    tracemalloc.start()
+    source = Source("d", Encoded(Lines(path), Bytes(), 10000), 4, seed=1, order_seed=2)
+    batches = [source.batch(step) for step in range(3)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(len(example.ids) == 10000 for batch in batches for example in batch)
+    assert peak < path.stat().st_size
