@@ -6,6 +6,7 @@ ratios. Inner products are summed in float64; they give cosines and survival wit
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 
 from analysis.spectra import effective_rank, singular_values
+from analysis.subspaces import Familiar, interference, overlap, strongest
 from stages.layers import OUTSIDE, layer_stack, place
 from stages.merging.merged import Merged
 from stages.weights.adapter import Factors
@@ -22,8 +24,10 @@ MERGED = "merged"
 CHUNK = 1 << 22  # entries that are float64 at one time
 
 COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
-SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions"]
+SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions", "intruders"]
 CONFLICT = ["entries", "disagreeing", "size", "summed", "summed_by_chance"]
+INTERFERENCE = ["interference", "interference_by_chance"]
+PAIRS = ["layer", "module", "first", "second", "reads", "reads_by_chance", "writes", "writes_by_chance"]
 
 Matrix = np.ndarray
 
@@ -37,9 +41,12 @@ class Measured:
         rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, entries, the
             Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
             whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
-            `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most.
-        conflicts: one row per tensor that several merged stages change: layer, stages (their names), and what
-            `sign_conflict` returns.
+            `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most; for
+            matrices of layers, the merged file's too, how many `intruders` the changed weights have.
+        conflicts: one row per tensor that several merged stages change: layer, stages (their names), what
+            `sign_conflict` returns, and of matrices what `interference` does.
+        pairs: one row per matrix and two stages that change it: layer, module, their names, and how far the subspaces
+            that they read and write overlap, beside chance.
         grams: by layer, inner products of all pairs of `names`, float64 [names, names].
         modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
         layers: how many layers the model has.
@@ -50,6 +57,7 @@ class Measured:
     names: list[str]
     rows: pd.DataFrame
     conflicts: pd.DataFrame
+    pairs: pd.DataFrame
     grams: dict[int, Matrix]
     modules: list[str]
     layers: int
@@ -80,7 +88,8 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     return Measured(
         names=tally.names,
         rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
-        conflicts=pd.DataFrame(tally.conflicts, columns=["layer", "stages", *CONFLICT]),
+        conflicts=pd.DataFrame(tally.conflicts, columns=["layer", "stages", *CONFLICT, *INTERFERENCE]),
+        pairs=pd.DataFrame(tally.pairs, columns=PAIRS),
         grams=tally.grams,
         modules=module_kinds(base, stack),
         layers=base.skeleton.config.num_hidden_layers,
@@ -96,6 +105,7 @@ class _Tally:
         self.names, self.listed = names, listed
         self.rows: list[dict[str, object]] = []
         self.conflicts: list[dict[str, object]] = []
+        self.pairs: list[tuple[object, ...]] = []
         self.grams: dict[int, Matrix] = {}
         self.untouched: list[float] = []
 
@@ -118,6 +128,8 @@ class _Tally:
             exact[MERGED], files[MERGED], deltas[MERGED] = whole, result, result.float() - weight
         else:
             self.untouched.append(_distance(result, rounded_base))
+        is_matrix = weight.dim() == 2
+        familiar = Familiar(weight) if is_matrix and where[0] != OUTSIDE else None
         for stage, delta in deltas.items():
             self.rows.append(
                 {
@@ -131,11 +143,18 @@ class _Tally:
                     "error": norm(files[stage].float() - exact[stage]),
                     "unchanged": int((files[stage] == rounded_base).sum()),
                     "max_abs": float(delta.abs().max()),
-                    **(_spectrum(delta, factors.get(stage)) if stage != MERGED and delta.dim() == 2 else {}),
+                    **(_spectrum(delta, factors.get(stage)) if stage != MERGED and is_matrix else {}),
+                    **({"intruders": familiar.intruders(files[stage].float())} if familiar else {}),
                 }
             )
+        used = {s: strongest(own[s], factors.get(s)) for s in own} if is_matrix and len(own) > 1 else {}
+        for (first, one), (second, other) in itertools.combinations(used.items(), 2):
+            overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
+            self.pairs.append((*where, first, second, *overlaps))
         if len(meeting := [stage for stage in own if stage in self.listed]) > 1:
             found = sign_conflict([own[stage] for stage in meeting])
+            if used:
+                found |= dict(zip(INTERFERENCE, interference([used[stage] for stage in meeting]), strict=True))
             self.conflicts.append({"layer": where[0], "stages": ", ".join(meeting), **found})
         if deltas:
             here = [self.names.index(stage) for stage in deltas]
@@ -201,16 +220,24 @@ def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     ).reset_index()
 
 
-def tidy(rows: pd.DataFrame) -> pd.DataFrame:
+def tidy(rows: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
     """One line for each number: stage, layer, module, parameter, metric, value and its rounding floor.
 
     Args:
         rows: of `Measured`.
+        heads: from `analysis.heads`; a head is the parameter `head 3` of the module `attention`.
     """
     keys = ["stage", "layer", "module", "parameter"]
     table = summarise(rows, keys)
-    long = table.melt(keys, ["relative_change", "unchanged", "max_abs"], "metric", "value")
-    long = pd.concat([long, rows.melt(keys, SPECTRUM, "metric", "value").dropna()], ignore_index=True)
+    named = heads.assign(module="attention", parameter="head " + heads["head"].astype(str))
+    long = pd.concat(
+        [
+            table.melt(keys, ["relative_change", "unchanged", "max_abs"], "metric", "value"),
+            rows.melt(keys, SPECTRUM, "metric", "value").dropna(),
+            named.melt(keys, ["qk", "ov"], "metric", "value"),
+        ],
+        ignore_index=True,
+    )
     floors = table[keys].assign(metric="relative_change", floor=table["floor"])
     return long.merge(floors, "left", [*keys, "metric"])
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.deltas import Measured, frozen_check, measure, summarise, survival
+from analysis.heads import measure_heads
 from analysis.skills import Cell, Change, changes
 from stages import params
 from stages.files import CHECKPOINTS, REPORTS, read_json
@@ -25,6 +26,7 @@ class Facts:
     Attributes:
         settings: params.yaml.
         measured: weights, from `analysis.deltas.measure`.
+        heads: of attention, from `analysis.heads.measure_heads`.
         records: stage.json of the base and of every stage.
         matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
         retention: of the same file, by stage.
@@ -36,6 +38,7 @@ class Facts:
 
     settings: params.Params
     measured: Measured
+    heads: pd.DataFrame
     records: dict[str, dict[str, Any]]
     matrix: dict[str, dict[str, Cell]]
     retention: dict[str, dict[str, Any]]
@@ -80,12 +83,13 @@ def gather(settings: params.Params) -> Facts:
     """Read what the other stages left, and measure the weights."""
     base, stages = open_stages(list(settings.stages))
     listed = [stage for stage in stages if stage.name in settings.merge.weights]
-    exact = Merged(base, listed, settings.merge)
+    exact, file = Merged(base, listed, settings.merge), open_merged(base, listed, settings.merge)
     evaluation = read_json(REPORTS / "evaluation.json")
     records = {name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]}
     return Facts(
         settings=settings,
-        measured=measure(stages, exact, open_merged(base, listed, settings.merge)),
+        measured=measure(stages, exact, file),
+        heads=measure_heads(stages, exact, file),
         records=records,
         matrix=evaluation["matrix"],
         retention=evaluation["retention"],

@@ -273,6 +273,73 @@ def drift_lines(probe: dict[str, Any], layers: int) -> str:
 
 
 @mpl.rc_context(STYLE)
+def behaviour_lines(probe: dict[str, Any], layers: int) -> str:
+    """By layer and checkpoint: the logit lens's divergence from the base, and how much more every part writes.
+
+    Args:
+        probe: of reports/probe.json.
+        layers: how many layers the model has.
+    """
+    checkpoints, base = probe["checkpoints"], probe["base"]["written"]
+    figure = Figure((WIDTH, 3.0), layout="constrained")
+    panels = figure.subplots(1, 1 + len(base), sharex=True)
+    floor = np.maximum(probe["floor"]["lens"], 1e-6)
+    lowest = 0.5 * min(
+        floor.min(), *(min(v for v in c["lens"] if v > 0) for c in checkpoints.values() if max(c["lens"]))
+    )
+    panels[0].fill_between(range(layers), lowest, floor, color=GREY, lw=0, label="noise of bfloat16")
+    panels[0].set(yscale="log", title="predictions read off each layer", ylabel="KL to the base, nats")
+    for place, (name, found) in enumerate(checkpoints.items()):
+        merged = name == "merged"
+        look: dict[str, Any] = {"color": INK if merged else COLOURS[place % len(COLOURS)], "lw": 2.2 if merged else 1.4}
+        look |= {"ls": "-" if merged else ["--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))][place % 4], "label": name}
+        panels[0].plot(range(layers), [value or math.nan for value in found["lens"]], **look)
+        for axes, (part, before) in zip(panels[1:], base.items(), strict=True):
+            axes.plot(range(layers), 100 * (np.divide(found["written"][part], before) - 1), **look)
+    for axes, part in zip(panels[1:], base, strict=True):
+        axes.axhline(0, color=FAINT, lw=0.6)
+        axes.set(title=f"{part} writes more by", ylabel="%")
+    for axes in panels:
+        axes.set(xlabel="layer", xlim=(-0.5, layers - 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=7, frameon=False)
+    return _svg(figure, {}, "Logit lens, and what each part of a layer writes, by layer")
+
+
+@mpl.rc_context(STYLE)
+def head_maps(heads: pd.DataFrame, divergence: list[list[float]]) -> str:
+    """What changed in every attention head of the merged file: where it looks on other texts, and its two circuits.
+
+    Args:
+        heads: of the merged file, columns layer, head, qk, ov; may be empty.
+        divergence: of the attention, in bits, by layer and head.
+    """
+    moved = np.array(divergence).T  # [heads, layers]
+    maps = [("where it looks: attention moved", "bits", moved)]
+    for key, title in (("qk", "what it looks for: QK changed"), ("ov", "what it copies: OV changed")):
+        table = heads.pivot(index="head", columns="layer", values=key)
+        values = 100 * table.reindex(index=range(len(moved)), columns=range(moved.shape[1])).to_numpy(float)
+        maps += [(title, "%", values)] if np.isfinite(values).any() else []
+    tips: Tips = {}
+    figure = Figure((WIDTH, len(maps) * (0.11 * len(moved) + 0.55) + 0.3), layout="constrained")
+    panels = figure.subplots(len(maps), 1, sharex=True, squeeze=False)[:, 0]
+    for number, (axes, (title, unit, values)) in enumerate(zip(panels, maps, strict=True)):
+        _layer_grid(axes, [], moved.shape[1])
+        norm, colour = Normalize(0, max(np.nanmax(values), 1e-9)), mpl.colormaps["cividis"]
+        axes.set(title=title, ylabel="head", ylim=(len(moved) - 0.5, -0.5))
+        axes.patches[0].set_height(len(moved))
+        for head, layer in zip(*np.nonzero(np.isfinite(values)), strict=True):
+            gid = f"k{number}_{layer}_{head}"
+            _cell(axes, layer, head, colour(norm(values[head, layer])), gid)
+            tips[gid] = f"layer {layer}, head {head}: {values[head, layer]:.3g} {unit}"
+        bar = figure.colorbar(ScalarMappable(norm, colour), ax=axes, pad=0.01, aspect=8, fraction=0.03)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+    panels[-1].set_xlabel("layer")
+    return _svg(figure, tips, "Every attention head of the merged file")
+
+
+@mpl.rc_context(STYLE)
 def ablation_map(rows: list[dict[str, Any]], own: dict[str, str]) -> str:
     """Change of the loss on every skill when a group of a stage's layers is as its parent has them.
 

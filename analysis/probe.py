@@ -9,6 +9,8 @@ cause, and layers of each stage are taken away, to see which carry its skill. Wr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,13 @@ class Seen:
         hidden: the embeddings, then the output of every layer, the last one normalised; float32 [layers + 1, tokens,
             width].
         attention: where each token looks, float32 [layers, heads, tokens, tokens]; rows sum to 1.
+        written: what each part of a layer, such as its MLP, adds to the hidden states, over the size of those that come
+            into the layer, by name; float32 [layers, tokens].
     """
 
     hidden: torch.Tensor
     attention: torch.Tensor
+    written: dict[str, torch.Tensor]
 
 
 def main() -> None:
@@ -72,7 +77,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "layers": model.config.num_hidden_layers,
         "floor": floor(base, model, texts["off"], before["off"]),
-        "base": attention_of(before["off"]),
+        "base": {"attention": attention_of(before["off"]), "written": written(before["off"])},
         "checkpoints": {},
     }
     for checkpoint in tqdm([*stages, merged], desc="probe", unit="checkpoint", dynamic_ncols=True):
@@ -99,10 +104,36 @@ def read_texts(settings: params.Params) -> dict[str, list[torch.Tensor]]:
 def watch(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[Seen]:
     """Run a model with eager attention on texts, all at once: what is filled in stands after them, where none looks."""
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
-    output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
+    with _sizes_of_outputs(model) as sizes:
+        output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     hidden, attention = (torch.stack(each).float().cpu() for each in (output.hidden_states, output.attentions))
-    ends = enumerate(map(len, texts))
-    return [Seen(hidden[:, row, :end], attention[:, row, :, :end, :end]) for row, end in ends]
+    incoming = hidden[:-1].norm(dim=-1)
+    written = {name: torch.stack(each).cpu() / incoming for name, each in sizes.items()}  # [layers, texts, tokens]
+    return [
+        Seen(hidden[:, row, :end], attention[:, row, :, :end, :end], {n: w[:, row, :end] for n, w in written.items()})
+        for row, end in enumerate(map(len, texts))
+    ]
+
+
+@contextmanager
+def _sizes_of_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Collect ‖output‖ [texts, tokens] of every part of every layer that has weight matrices, by its name."""
+    sizes: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str, output: Any) -> None:
+        sizes.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).float().norm(dim=-1))
+
+    hooks = [
+        part.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
+        for layer in model.get_submodule(layer_stack(model)).children()
+        for name, part in layer.named_children()
+        if any(parameter.dim() == 2 for parameter in part.parameters())
+    ]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def probe(
@@ -125,7 +156,8 @@ def probe(
     pairs = list(zip(before["off"], after["off"], strict=True))
     lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs]).mean(0)
     shift = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
-    result["attention"] = attention_of(after["off"]) | {"divergence": shift.mean(1).tolist()}
+    result["attention"] = attention_of(after["off"]) | {"divergence": shift.tolist()}
+    result["written"] = written(after["off"])
     early = reset_early(origin, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
     return result | {"lens": lens.tolist(), "early": early}
 
@@ -164,14 +196,22 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def attention_of(seen: list[Seen]) -> dict[str, Any]:
-    """Sink mass (share of attention that goes to the first token) and entropy in bits, by layer, means over the heads.
+    """Sink mass (share of attention that goes to the first token) and entropy in bits, by layer and head.
 
-    `sets_in` is the first layer whose sink mass is above SINK, None if there is none.
+    `sets_in` is the first layer whose sink mass, a mean over its heads, is above SINK; None if there is none.
     """
-    sink = torch.stack([each.attention[:, :, 1:, 0].mean((1, 2)) for each in seen]).mean(0)
-    entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean((1, 2)) for each in seen]).mean(0)
-    above = (sink > SINK).nonzero()
+    sink = torch.stack([each.attention[:, :, 1:, 0].mean(2) for each in seen]).mean(0)
+    entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean(2) for each in seen]).mean(0)
+    above = (sink.mean(1) > SINK).nonzero()
     return {"sink": sink.tolist(), "entropy": entropy.tolist(), "sets_in": int(above[0]) if len(above) else None}
+
+
+def written(seen: list[Seen]) -> dict[str, list[float]]:
+    """What each part of each layer adds to the hidden states, over their size: medians over tokens but the first."""
+    parts = {
+        name: torch.stack([each.written[name][:, 1:].median(1).values for each in seen]) for name in seen[0].written
+    }
+    return {name: values.mean(0).tolist() for name, values in parts.items()}
 
 
 def attention_divergence(before: Seen, after: Seen) -> torch.Tensor:

@@ -12,21 +12,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis import figures
-from analysis.deltas import CONFLICT, summarise, survival, tidy
+from analysis.deltas import CONFLICT, INTERFERENCE, summarise, survival, tidy
 from analysis.facts import Facts, gather
 from analysis.figures import percent
 from analysis.log import actions
 from analysis.skills import score
-from analysis.words import cards, guesses, headline, label, ranges
+from analysis.subspaces import LOOKED_AT, STRONGEST
+from analysis.words import NORMS, cards, guesses, headline, label, ranges
 from stages import params
 from stages.errors import run
 from stages.files import REPORTS, write_json, write_text
 from stages.layers import OUTSIDE
+
+WRITERS = r"\b(?:o_proj|down_proj|c_proj|out_proj|dense|fc2|wo|w2)$"  # what writes to the residual stream, by usual names
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def write(facts: Facts) -> None:
     for name in ("evaluation", "layers"):
         write_text(REPORTS / f"{name}.svg", pictures[name])
     write_json(REPORTS / "layers.json", layer_rows(facts))
-    tidy(facts.measured.rows).to_parquet(REPORTS / "deltas.parquet", index=False)
+    tidy(facts.measured.rows, facts.heads).to_parquet(REPORTS / "deltas.parquet", index=False)
     write_json(REPORTS / "metrics.json", metrics(facts))
     told = contents(facts, pictures)
     write_json(REPORTS / "lineage.json", told["log"])
@@ -66,6 +70,11 @@ def draw(facts: Facts) -> dict[str, str]:
             facts.gram, measured.grams, measured.names, measured.layers, paired=len(measured.names) - 1
         ),
         "drift": figures.drift_lines(facts.probe, measured.layers),
+        "behaviour": figures.behaviour_lines(facts.probe, measured.layers),
+        "heads": figures.head_maps(
+            facts.heads[facts.heads["stage"] == "merged"],
+            facts.probe["checkpoints"]["merged"]["attention"]["divergence"],
+        ),
         "ablation": figures.ablation_map(facts.probe["ablation"], facts.settings.skills),
         "curves": figures.loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
     }
@@ -146,12 +155,16 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "pictures": pictures,
         "skills": _skill_rows(facts),
         "directions": _direction_rows(facts),
+        "moved": _moved_rows(facts),
+        "pairs": _pair_rows(facts),
+        "strongest": STRONGEST,
         "conflicts": _conflict_rows(facts),
         "left": _left_rows(facts),
         "unexplained": facts.kept.loc["unexplained", "share"],
         "frozen": list(facts.frozen.itertuples()),
         "log": actions(facts),
         "probe": facts.probe,
+        "behaviour": _behaviour_rows(facts.probe),
     }
 
 
@@ -171,31 +184,61 @@ def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Over the weight matrices of each stage: how many directions the middle one uses, and which has the strongest."""
-    matrices = facts.measured.rows.dropna(subset=["effective_rank"])
+    """Over the weight matrices of each checkpoint: directions that the middle one uses, the strongest, and new ones."""
+    rows: list[dict[str, Any]] = []
+    for name in facts.measured.names:
+        own = facts.measured.rows[facts.measured.rows["stage"] == name]
+        looked_at = own["intruders"].dropna()
+        row = {"stage": name, "intruders": int(looked_at.sum()), "looked_at": LOOKED_AT * len(looked_at)}
+        if len(matrices := own.dropna(subset=["effective_rank"])):
+            strongest = matrices.loc[matrices["spectral_norm"].idxmax()]
+            row |= {
+                "used": matrices["effective_rank"].median(),
+                "available": int(matrices["directions"].median()),
+                "loudness": matrices["stable_rank"].median(),
+                "strongest": f"{strongest['module']} of layer {strongest['layer']}",
+                "norm": strongest["spectral_norm"],
+            }
+        rows.append(row)
+    return [row for row in rows if row["looked_at"]]
+
+
+def _moved_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Relative change of what reads the residual stream and of what writes to it, and the norm that moved furthest."""
     rows = []
-    for name in facts.settings.stages:
-        own = matrices[matrices["stage"] == name]
-        if len(own):
-            strongest = own.loc[own["spectral_norm"].idxmax()]
-            rows.append(
-                {
-                    "stage": name,
-                    "used": own["effective_rank"].median(),
-                    "available": int(own["directions"].median()),
-                    "loudness": own["stable_rank"].median(),
-                    "strongest": f"{strongest['module']} of layer {strongest['layer']}",
-                    "norm": strongest["spectral_norm"],
-                }
-            )
+    for name, own in facts.measured.rows[facts.measured.rows["layer"] != OUTSIDE].groupby("stage", sort=False):
+        matrices = own[own["parameter"].eq("weight") & ~own["module"].str.contains(NORMS)]
+        writes = matrices["module"].str.contains(WRITERS)
+        row: dict[str, Any] = {"stage": name, "norms": 0, "norm": None, "furthest": "–"}
+        for key, part in (("reads", matrices[~writes]), ("writes", matrices[writes])):
+            row[key] = summarise(part, ["stage"])["relative_change"].iloc[0] if len(part) else None
+        norms = own[own["module"].str.contains(NORMS)]
+        if len(norms):
+            drift = norms["delta"] / norms["weight"]
+            furthest = norms.loc[drift.idxmax()]
+            row |= {"norm": drift.max(), "norms": len(norms)}
+            row["furthest"] = f"{furthest['module']} of layer {furthest['layer']}"
+        rows.append(row)
     return rows
+
+
+def _pair_rows(facts: Facts) -> list[dict[str, Any]]:
+    """How far two stages use the same directions, over the matrices that both change."""
+    return [
+        {
+            "stages": f"{first}, {second}",
+            "layers": ranges(sorted(set(found["layer"]) - {OUTSIDE})),
+            **found[["reads", "reads_by_chance", "writes", "writes_by_chance"]].median(),
+        }
+        for (first, second), found in facts.measured.pairs.groupby(["first", "second"], sort=False)
+    ]
 
 
 def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
     """Stages that change the same tensors: whether they pull them apart, beside what unrelated changes would do."""
     rows = []
     for stages, found in facts.measured.conflicts.groupby("stages", sort=False):
-        totals = found[CONFLICT].sum()
+        totals = found[CONFLICT + INTERFERENCE].sum()
         if totals["entries"]:
             rows.append(
                 {
@@ -205,8 +248,30 @@ def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
                     "disagree_by_chance": 1 - 2.0 ** -str(stages).count(","),
                     "cancelled": 1 - totals["summed"] / totals["size"],
                     "cancelled_by_chance": 1 - totals["summed_by_chance"] / totals["size"],
+                    "interference": totals["interference"] / (totals["interference_by_chance"] or math.nan),
                 }
             )
+    return rows
+
+
+def _behaviour_rows(probe: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the running models do beside the base: predictions, and where attention goes (means over heads)."""
+    rows, base = [], probe["base"]["attention"]
+    for name, found in probe["checkpoints"].items():
+        attention, moved = found["attention"], np.array(found["attention"]["divergence"])
+        layer, head = np.unravel_index(moved.argmax(), moved.shape)
+        rows.append(
+            {
+                "name": name,
+                "on": found["on"]["kl"]["mean"],
+                "off": found["off"]["kl"],
+                "early": found["early"]["share"],
+                "sets_in": [attention["sets_in"], base["sets_in"]],
+                "sink": np.mean(attention["sink"]) - np.mean(base["sink"]),
+                "entropy": np.mean(attention["entropy"]) - np.mean(base["entropy"]),
+                "moved_most": f"layer {layer}, head {head}",
+            }
+        )
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,21 +13,39 @@ from analysis.skills import Change, score
 
 ROUNDING = 0.25  # rounding error, as a share of the change, from which a card warns
 CONFLICT = -0.1  # cosine of two stages below which a card says that they undo each other
+SAME = 0.7  # overlap of what two stages read, above that of one task from two seeds (0.37), below one seed's (0.98)
 LOST = 0.9  # rounding error, as a share of a stage's change, from which the change is lost
 SENTENCES = 5
 SHIFT = 0.15  # of a stage's change; one of which no more is missing is in the file in full
 NORM = 0.1  # drift of a norm's gain from which the headline tells
+NORMS = r"norm|ln_"  # in the names of normalisations
 HALF = 0.5  # of a stage's gain; a merge that keeps less has lost the skill rather than some of it
 
 
-def headline(facts: Facts) -> list[str]:
+class Sentence(NamedTuple):
+    """A sentence of the headline, and the section of the report that shows it."""
+
+    text: str
+    section: int
+
+
+def headline(facts: Facts) -> list[Sentence]:
     """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
-    told = [_learned(facts), *_later(facts), _merge_sentence(facts)]
+    told = _cite(1, [_learned(facts), *_later(facts), _merge_sentence(facts)])
     touched, rounded = _touched(facts), _rounded_away(facts)
-    wrong = [*touched, *_conflicts(facts), *rounded, *_missing(facts), *_shifted(facts), *_norms(facts)]
-    well = [] if rounded else [_rounding_sentence(facts)]
-    well += [] if touched else ["Nothing outside the declared layers changed."]
+    wrong = [
+        *_cite(5, touched),
+        *_cite(4, _conflicts(facts) + _same_start(facts)),
+        *_cite(3, rounded + _missing(facts) + _shifted(facts)),
+        *_cite(2, _norms(facts)),
+    ]
+    well = [] if rounded else _cite(3, [_rounding_sentence(facts)])
+    well += [] if touched else _cite(5, ["Nothing outside the declared layers changed."])
     return [*told, *wrong, *well][:SENTENCES]
+
+
+def _cite(section: int, texts: list[str]) -> list[Sentence]:
+    return [Sentence(text, section) for text in texts]
 
 
 def _later(facts: Facts) -> list[str]:
@@ -43,7 +61,7 @@ def _touched(facts: Facts) -> list[str]:
     if not len(bad):
         return []
     names = ", ".join(bad["checkpoint"])
-    return [f"Something changed that was declared untouched: see the check of {names} in section 5."]
+    return [f"Something changed that was declared untouched: see the check of {names}."]
 
 
 def _conflicts(facts: Facts) -> list[str]:
@@ -54,6 +72,22 @@ def _conflicts(facts: Facts) -> list[str]:
         return []
     told = ", ".join(f"{names[j]} and {names[i]} (cosine {angles[i, j]:+.2f})" for i, j in pairs)
     return [f"Stages undo each other, for their changes point in opposite directions: {told}."]
+
+
+def _same_start(facts: Facts) -> list[str]:
+    """Pairs of stages that read the same directions, as those do whose random matrices came from one seed."""
+    pairs = facts.measured.pairs.groupby(["first", "second"], sort=False)[["reads", "reads_by_chance"]].median()
+    told = [
+        f"{first} and {second} (overlap {row.reads:.2f}, by chance {row.reads_by_chance:.2f})"
+        for (first, second), row in pairs.iterrows()
+        if row.reads > SAME
+    ]
+    if not told:
+        return []
+    return [
+        "Stages read the same directions, as those do that start from one seed, so that agreement between them says"
+        f" nothing about what they learned: {', '.join(told)}."
+    ]
 
 
 def _rounded_away(facts: Facts) -> list[str]:
@@ -100,7 +134,7 @@ def _shifted(facts: Facts) -> list[str]:
 
 def _norms(facts: Facts) -> list[str]:
     """Normalisations whose gain moved by more than NORM of its size."""
-    rows = facts.measured.rows[facts.measured.rows["module"].str.contains("norm|ln_")]
+    rows = facts.measured.rows[facts.measured.rows["module"].str.contains(NORMS)]
     rows = rows[rows["delta"] > NORM * rows["weight"]]
     if not len(rows):
         return []

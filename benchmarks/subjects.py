@@ -29,6 +29,14 @@ MODELS: dict[str, dict[str, Any] | None] = {  # None: made by `stages.base`; els
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    "7b-one-layer": {
+        "vocab_size": 1000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
 SHARD_BYTES = 500_000_000
 
@@ -75,18 +83,18 @@ def _random(shape: torch.Size) -> torch.Tensor:
     return (torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.02).to(torch.bfloat16)
 
 
-def make_stages(folder: Path) -> None:
-    """Write the adapters of STAGES beside the base."""
+def make_stages(folder: Path, stages: dict[str, dict[str, Any]] = STAGES) -> None:
+    """Write the adapters of the stages beside the base."""
     base = folder / "checkpoints/base"
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    for name in STAGES:
-        _make_stage(base, folder / "checkpoints" / name, name, skeleton)
+    for name, stage in stages.items():
+        _make_stage(base, folder / "checkpoints" / name, stage, skeleton)
 
 
-def _make_stage(base: Path, folder: Path, name: str, skeleton: PreTrainedModel) -> None:
-    """Write one adapter with random factors, large enough for the change that STAGES states."""
-    weights, keys = Weights(base), _keys(name, skeleton.config.num_hidden_layers)
+def _make_stage(base: Path, folder: Path, told: dict[str, Any], skeleton: PreTrainedModel) -> None:
+    """Write one adapter with random factors, large enough for the change that it is told to make."""
+    name, weights, keys = folder.name, Weights(base), _keys(told, skeleton.config.num_hidden_layers)
     numbers = layers.parse(keys["layers"], skeleton.config.num_hidden_layers)
     chosen = layers.select(skeleton, keys["layers"])
     stage = METHODS[keys["method"]](parent="base", dataset="d", lr=0.001, steps=1, **keys)
@@ -101,7 +109,7 @@ def _make_stage(base: Path, folder: Path, name: str, skeleton: PreTrainedModel) 
         norm = torch.sqrt(((a @ a.T) * (b.T @ b)).sum()) * config.lora_alpha / config.r  # of the change, uncomputed
         key = f"base_model.model.{module}"
         state[f"{key}.lora_A.weight"] = a
-        state[f"{key}.lora_B.weight"] = b * STAGES[name]["size"] * weight.norm() / norm
+        state[f"{key}.lora_B.weight"] = b * told["size"] * weight.norm() / norm
         if config.use_dora:
             rows = torch.linalg.vector_norm(weight, dim=1)
             state[f"{key}.lora_magnitude_vector"] = rows * (1 + 0.001 * torch.randn_like(rows))
@@ -113,28 +121,34 @@ def _make_stage(base: Path, folder: Path, name: str, skeleton: PreTrainedModel) 
     write_json(folder / "stage.json", record | facts | {"sha256": sha256([folder / "adapter_model.safetensors"])})
 
 
-def write_params(folder: Path, method: str, parameters: dict[str, float], stages: list[str]) -> None:
-    """Write params.yaml (JSON is YAML) with this merge, and the repository's base and threads."""
+def write_params(
+    folder: Path,
+    method: str,
+    parameters: dict[str, float],
+    merged: list[str],
+    stages: dict[str, dict[str, Any]] = STAGES,
+) -> None:
+    """Write params.yaml (JSON is YAML) with this merge of the stages, and the repository's base and threads."""
     repository = params.load(ROOT / "params.yaml")
     config = folder / "checkpoints/base/config.json"
     depth = read_json(config)["num_hidden_layers"] if config.exists() else 10
     name, dataset = next(iter(repository.datasets.items()))
     common = {"parent": "base", "dataset": name, "lr": 0.001, "steps": 1}
-    weights = dict.fromkeys(stages, 1.0)
+    weights = dict.fromkeys(merged, 1.0)
     content = {
         "seed": 0,
         "threads": repository.threads,
         "base": {"model": "bundled:smollm2-135m-instruct", "dtype": "bfloat16"},
         "datasets": {name: dataset.model_dump()},
-        "stages": {stage: common | _keys(stage, depth) for stage in STAGES},
+        "stages": {stage: common | _keys(told, depth) for stage, told in stages.items()},
         "merge": {"method": method, "weights": weights, "parameters": parameters, "dtype": "bfloat16"},
         "evaluate": {},
     }
     write_json(folder / "params.yaml", content)
 
 
-def _keys(name: str, depth: int) -> dict[str, Any]:
+def _keys(told: dict[str, Any], depth: int) -> dict[str, Any]:
     """A stage's own keys in params.yaml."""
-    first, last = (round(share * depth) for share in STAGES[name]["span"])
-    keys = {key: value for key, value in STAGES[name].items() if key not in ("span", "size")}
+    first, last = (round(share * depth) for share in told["span"])
+    keys = {key: value for key, value in told.items() if key not in ("span", "size")}
     return keys | {"layers": f"{first}-{last - 1}"}

@@ -21,10 +21,12 @@ from stages.batches import REPLAY, Source, derive_seed, sources
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.loop import fit
+from stages.methods.lora import Lora
 from stages.methods.stage import Stage, Training
 from stages.model import compute_dtype, load_model, load_tokenizer, pad, set_weights
 from stages.outside import take
 from stages.prefix import Prefix
+from stages.quantize import quantize
 from stages.records import Example, encode, load_split
 from stages.resume import resume_folder
 from stages.surgery import input_bases, save_bases
@@ -60,7 +62,10 @@ def main(name: str) -> None:
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shown = sources(settings, name, stage, seed)
         model.to(accelerator.device)
-        key = {"parent": lineage(stage.parent), "dtype": dtype, "torch": torch.__version__}
+        in_4bit = isinstance(stage, Lora) and stage.load_in_4bit
+        if in_4bit:
+            quantize(model, dtype)
+        key = {"parent": lineage(stage.parent), "dtype": dtype, "4bit": in_4bit, "torch": torch.__version__}
         prefix = Prefix(model, key, settings.prefix_cache * 1e9)
         curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning(stage, name), title=name)
         if accelerator.is_main_process:

@@ -28,6 +28,7 @@ class Lora(Training):
     dropout: Share = 0.0
     rslora: bool = False
     init: Literal["default", "pissa", "olora"] = "default"
+    load_in_4bit: bool = False
 
     _start: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
@@ -35,7 +36,8 @@ class Lora(Training):
         """Adapt each weight matrix among `modules`; alpha is twice the rank unless it is given."""
         from peft import LoraConfig
 
-        matrices = plain_matrices(self, model, modules) if self.init == "olora" else linear_modules(model, modules)
+        is_plain = self.init == "olora" or self.load_in_4bit
+        matrices = plain_matrices(self, model, modules) if is_plain else linear_modules(model, modules)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,

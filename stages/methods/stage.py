@@ -99,7 +99,8 @@ def plain_matrices(stage: Training, model: PreTrainedModel, modules: list[str]) 
     matrices = linear_modules(model, modules)
     if not all(isinstance(model.get_submodule(path), nn.Linear) for path in matrices):
         raise MistakeError(
-            f"params.yaml: method {stage.method!r} (or its init) does not go with {type(model).__name__}, whose weights"
-            " are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln or full"
+            f"params.yaml: method {stage.method!r} (or its init or load_in_4bit) does not go with"
+            f" {type(model).__name__}, whose weights are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln"
+            " or full"
         )
     return matrices

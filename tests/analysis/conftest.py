@@ -98,15 +98,22 @@ class Project:
         """What analysis.probe would leave, with made-up numbers."""
         drift = {"mean": [0.0, 0.1, 0.2, 0.3], "low": [0.0, 0.0, 0.1, 0.2], "high": [0.1, 0.2, 0.3, 0.4]}
         domain = {"drift": drift, "kl": {"mean": 0.2, "low": 0.1, "high": 0.3}}
-        looks = {"sink": [0.1, 0.4, 0.5, 0.5], "entropy": [2.0, 1.0, 1.0, 1.0], "sets_in": 1}
-        found = {"on": domain, "off": domain, "attention": looks | {"divergence": [0.0, 0.1, 0.2, 0.1]}}
-        found |= {"trained": [1, 2], "lens": [0.1] * 4, "early": {"layers": 1, "left": 0.1, "share": 0.5}}
+        looks = {"sink": [[0.1, 0.4, 0.5, 0.5]] * 4, "entropy": [[2.0, 1.0, 1.0, 1.0]] * 4, "sets_in": 1}
+        written = {"self_attn": [0.2] * 4, "mlp": [0.5] * 4}
+        found = {"on": domain, "off": domain, "attention": looks | {"divergence": [[0.0, 0.1, 0.2, 0.1]] * 4}}
+        found |= {
+            "written": written,
+            "trained": [1, 2],
+            "lens": [0.1] * 4,
+            "early": {"layers": 1, "left": 0.1, "share": 0.5},
+        }
         rows = [
             {"stage": stage, "layers": [1, 2], "dataset": skill, "loss": 1.0, "without": 1.5}
             for stage in STAGES
             for skill in STAGES
         ]
-        content = {"layers": 4, "floor": {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}, "base": looks}
+        content = {"layers": 4, "floor": {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}}
+        content["base"] = {"attention": looks, "written": written}
         content |= {"checkpoints": dict.fromkeys([*STAGES, "merged"], found), "ablation": rows}
         write_json(Path("reports/probe.json"), content)
 

@@ -25,7 +25,7 @@ OUTPUTS = [
 
 
 def headline():
-    return " ".join(report.headline(report.gather(params.load())))
+    return " ".join(sentence.text for sentence in report.headline(report.gather(params.load())))
 
 
 def test_a_second_run_writes_the_same_bytes(project):
@@ -158,7 +158,7 @@ def test_the_short_report_and_the_table_of_all_numbers(project):
     path = "model.layers.0.self_attn.q_proj"
     truth = sums.delta(path)["weight"].double().norm() / sums.parent.module(path)["weight"].double().norm()
     assert float(row[row.metric == "relative_change"].value.iloc[0]) == pytest.approx(float(truth), rel=1e-6)
-    assert len(table[table.stage == "prose"]) == 3 * 9 + 4 * 7
+    assert len(table[table.stage == "prose"]) == 3 * 9 + 5 * 7 + 2 * 4  # tensors, spectra, heads
 
 
 def test_view_prints_the_headline(project, capsys, monkeypatch):
@@ -186,7 +186,14 @@ def told(project):
     project.evaluation()
     sentences = report.headline(report.gather(params.load()))
     assert len(sentences) <= 5
-    return " ".join(sentences)
+    page = report.render("report.html", report.contents(report.gather(params.load()), Anything()))
+    assert all(f'<h2 id="s{sentence.section}">' in page for sentence in sentences)
+    return " ".join(sentence.text for sentence in sentences)
+
+
+class Anything(dict):
+    def __missing__(self, key):
+        return ""
 
 
 PROBLEMS = ["undo each", "takes away what", "than half", "file in full", "norms moved", "declared untouched"]

@@ -1,0 +1,82 @@
+"""What the changes do to single attention heads: where a head looks (QK) and what it copies (OV).
+
+A head's scores are xᵀ Q K x and what it writes is O V x (Elhage et al. 2021): two matrices [width, width] of low rank,
+which are never made, for products of small Gram matrices give their norms. Rotary position embeddings lie between Q
+and K, so that QK is the circuit of a token and itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+from analysis.deltas import MERGED
+from stages.layers import layer_stack, place
+from stages.merging.merged import Merged
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, Weights
+
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+COLUMNS = ["stage", "layer", "head", "qk", "ov"]
+
+Tensor = torch.Tensor
+Circuit = tuple[Tensor, Tensor]  # left [heads, width, d] and right [heads, d, width] of the product
+
+
+def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | Merged) -> pd.DataFrame:
+    """Relative change of both circuits of every head, of each stage to its parent and of the merged file to the base.
+
+    A model whose queries and keys are normalised is blind to their scale, so there QK is how far it turned at the best
+    scale, √(1−cos²). Models without separate q, k, v and o matrices have no rows.
+
+    Returns:
+        Columns stage, layer, head, qk, ov; only layers in which one of these matrices is changed.
+    """
+    base, rows = exact.base, []
+    before: dict[str, Weights] = {**{stage.name: stage.parent for stage in stages}, MERGED: base}
+    after: dict[str, Weights] = {**{stage.name: stage for stage in stages}, MERGED: file}
+    adapted = {stage.name: set(stage.adapter.modules) for stage in stages} | {MERGED: exact.adapted()}
+    for layer, paths in _layers(base).items():
+        for name in after:
+            if not adapted[name] & {paths[part] for part in PARTS}:
+                continue
+            old, new = (_circuits(model, paths, base.skeleton.config) for model in (before[name], after[name]))
+            (looks, turned), (copies, _) = (_change(*pair) for pair in zip(old, new, strict=True))
+            changes = torch.stack([turned if "q_norm" in paths else looks, copies], 1).tolist()
+            rows += [(name, layer, head, *change) for head, change in enumerate(changes)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
+    """Paths of the modules in each layer with attention, by the last part of their names."""
+    stack = layer_stack(base.skeleton)
+    found: dict[int, dict[str, str]] = {}
+    for path in base.modules:
+        layer, kind = place(path, stack)
+        found.setdefault(layer, {})[kind.rpartition(".")[2]] = path
+    return {layer: paths for layer, paths in found.items() if paths.keys() >= set(PARTS)}
+
+
+def _circuits(model: Weights, paths: dict[str, str], config: Any) -> tuple[Circuit, Circuit]:
+    """QK and OV of all heads of a layer, as left and right factors."""
+    q, k, v, o = (model.module(paths[part])["weight"].double() for part in PARTS)
+    heads = config.num_attention_heads
+    size = len(q) // heads
+    shared = heads // (len(k) // size)  # query heads to one of keys and values
+    q, k, v = (each.unflatten(0, (-1, size)) for each in (q, k, v))
+    k, v = (each.repeat_interleave(shared, 0) for each in (k, v))
+    return (q.mT, k), (o.unflatten(1, (heads, size)).movedim(1, 0), v)
+
+
+def _change(before: Circuit, after: Circuit) -> tuple[Tensor, Tensor]:
+    """‖M'−M‖/‖M‖ and √(1−cos²) of the products M, by head; exact, from Gram matrices [d, d]."""
+    old, new, both = (_inner(*pair) for pair in ((before, before), (after, after), (before, after)))
+    relative = ((old + new - 2 * both).clamp(min=0) / old).sqrt()
+    turned = (1 - both.square() / (old * new)).clamp(min=0).sqrt()
+    return relative, turned
+
+
+def _inner(first: Circuit, second: Circuit) -> Tensor:
+    """⟨LR, L'R'⟩ = tr((LᵀL')(R'Rᵀ)), by head."""
+    return ((first[0].mT @ second[0]) * (second[1] @ first[1].mT).mT).sum((1, 2))

@@ -1,0 +1,122 @@
+"""Directions of the changes: how far stages share them, and whether a change brought in ones that are new.
+
+Everything is about the strongest singular directions of a weight matrix's delta, [out, in]; those on the left are
+what it writes, those on the right what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from stages.weights.adapter import Factors
+
+STRONGEST = 16  # directions of a delta that are compared
+SPARE = 16  # more of them, and so many repetitions, make the randomised decomposition exact for those
+REPEATED = 4
+LOOKED_AT = 10  # of the changed weights' directions, the number in arXiv 2410.21228
+NEW = 0.5  # largest cosine with an old direction below which one is an intruder, also there
+NEIGHBOURS = 64  # old directions that a first test looks at
+MARGIN = 0.1  # what that test may be wrong by
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Singular directions, the strongest first, float64: left [out, k], strength σ [k], right [in, k]."""
+
+    left: Tensor
+    strength: Tensor
+    right: Tensor
+
+
+def strongest(matrix: Tensor, factors: Factors | None = None, count: int = STRONGEST) -> Directions:
+    """The `count` strongest directions of a matrix [out, in], or all it has.
+
+    They are exact from low-rank factors (two QR decompositions and the SVD of their core), else by randomised
+    subspace iteration (Halko et al. 2011, as in `torch.svd_lowrank`) from a fixed seed.
+    """
+    if factors is not None:
+        (left, above), (right, below) = (torch.linalg.qr(side.double()) for side in (factors[0], factors[1].T))
+        u, s, v = torch.svd(above @ below.T)
+        u, v = left @ u, right @ v
+    elif count + SPARE >= min(matrix.shape):
+        u, s, v = torch.svd(matrix.double())
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix.float(), q=count + SPARE, niter=REPEATED)
+    return Directions(u[:, :count].double(), s[:count].double(), v[:, :count].double())
+
+
+def overlap(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Mean squared cosine of the principal angles between two subspaces, and that of random ones.
+
+    Args:
+        first: orthonormal columns [d, k].
+        second: the same [d, l].
+
+    Returns:
+        ‖firstᵀ second‖² / min(k, l), from 0 to 1, and its expectation max(k, l) / d.
+    """
+    sizes = first.shape[1], second.shape[1]
+    return float((first.T @ second).square().sum()) / min(sizes), max(sizes) / len(first)
+
+
+def interference(stages: list[Directions]) -> tuple[float, float]:
+    """Singular task interference ‖(UᵀU − I) Σ (VᵀV − I)‖₁ (arXiv 2412.00081), and that of unrelated stages.
+
+    U, Σ and V are the stages' directions side by side. Inner products of unrelated ones are nearly normal with variance
+    1/d, and so each entry of the product is nearly normal too, with the variance of its sum.
+    """
+    strength = torch.cat([each.strength for each in stages])
+    left, right = (_cross([getattr(each, side) for each in stages]) for side in ("left", "right"))
+    blocks = [torch.ones(len(each.strength), len(each.strength), dtype=strength.dtype) for each in stages]
+    apart = 1 - torch.block_diag(*blocks)  # whether two directions are of different stages
+    variance = (apart * strength.square() @ apart) / (len(stages[0].left) * len(stages[0].right))
+    return float((left * strength @ right).abs().sum()), float((2 / math.pi * variance).sqrt().sum())
+
+
+def _cross(sides: list[Tensor]) -> Tensor:
+    together = torch.cat(sides, 1)
+    return together.T @ together - torch.eye(together.shape[1], dtype=together.dtype)
+
+
+class Familiar:
+    """The directions that a weight matrix wrote before it was changed.
+
+    Args:
+        weight: [out, in].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def intruders(self, changed: Tensor) -> int:
+        """How many of the LOOKED_AT strongest directions of `changed` resemble none of the old (arXiv 2410.21228).
+
+        An intruder's cosine with every left singular vector of the old weights is below NEW. A randomised test
+        against the NEIGHBOURS strongest decides most; where it cannot, both matrices are decomposed in full.
+        """
+        found = strongest(changed, count=LOOKED_AT).left
+        cosines = (self._neighbours.T @ found).abs()  # [neighbours, found]
+        known = cosines.amax(0) >= NEW + MARGIN
+        # What lies outside the neighbours is at most that near to any other direction.
+        outside = (1 - cosines.square().sum(0)).clamp(min=0).sqrt()
+        new = (cosines.amax(0) < NEW - MARGIN) & (outside < NEW - MARGIN)
+        if bool((known | new).all()):
+            return int(new.sum())
+        exact = torch.linalg.svd(changed.double(), full_matrices=False).U[:, :LOOKED_AT]
+        return int(((self._all.T @ exact).abs().amax(0) < NEW).sum())
+
+    @cached_property
+    def _neighbours(self) -> Tensor:
+        return strongest(self._weight, count=NEIGHBOURS).left
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return torch.linalg.svd(self._weight.double(), full_matrices=False).U
