@@ -30,7 +30,7 @@ from stages.errors import run
 from stages.files import REPORTS, write_json, write_text
 from stages.layers import OUTSIDE
 
-WRITERS = r"\b(?:o_proj|down_proj|c_proj|out_proj|dense|fc2|wo|w2)$"  # what writes to the residual stream, by usual names
+WRITERS = r"\b(?:o_proj|down_proj|c_proj|out_proj|dense|fc2|wo|w2)$"  # matrices that write to the residual stream
 
 
 def main() -> None:
