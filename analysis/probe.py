@@ -146,20 +146,21 @@ def probe(
     """Everything that is compared between a checkpoint and the base, as weights and as a model."""
     model = _eager(checkpoint)
     after = {domain: watch(model, each) for domain, each in texts.items()}
-    result: dict[str, Any] = {}
-    for domain, seen in after.items():
-        pairs = list(zip(before[domain], seen, strict=True))
-        result[domain] = {
-            "drift": interval(torch.stack([drift(*pair) for pair in pairs])),
-            "kl": interval(torch.stack([lens_divergence(base, model, *pair)[-1] for pair in pairs])),
-        }
-    pairs = list(zip(before["off"], after["off"], strict=True))
-    lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs]).mean(0)
-    shift = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
+    pairs = {domain: list(zip(before[domain], seen, strict=True)) for domain, seen in after.items()}
+    lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs["off"]])  # [texts, layers]
+    divergences = {
+        "on": torch.stack([lens_divergence(base, model, *pair)[-1] for pair in pairs["on"]]),
+        "off": lens[:, -1],
+    }
+    result: dict[str, Any] = {
+        domain: {"drift": interval(torch.stack([drift(*pair) for pair in pairs[domain]])), "kl": interval(found)}
+        for domain, found in divergences.items()
+    }
+    shift = torch.stack([attention_divergence(*pair) for pair in pairs["off"]]).mean(0)
     result["attention"] = attention_of(after["off"]) | {"divergence": shift.tolist()}
     result["written"] = written(after["off"])
     early = reset_early(origin, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
-    return result | {"lens": lens.tolist(), "early": early}
+    return result | {"lens": lens.mean(0).tolist(), "early": early}
 
 
 def drift(before: Seen, after: Seen) -> Layered:

@@ -48,7 +48,7 @@ def write(folder: Path, seed: int) -> None:
         "threads": repository.threads,
         "base": repository.base.model_dump(),
         "datasets": {"a": source, "b": source},
-        "stages": {"first": COMMON | {"parent": "base", "dataset": "a", "remember": 0.99}} | second,
+        "stages": {"first": COMMON | {"parent": "base", "dataset": "a", "remember": 0.999}} | second,
         "merge": {"weights": {"first": 1.0}},
         "evaluate": {},
     }

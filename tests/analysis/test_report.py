@@ -196,7 +196,15 @@ class Anything(dict):
         return ""
 
 
-PROBLEMS = ["undo each", "takes away what", "than half", "file in full", "norms moved", "declared untouched"]
+PROBLEMS = [
+    "undo each",
+    "takes away what",
+    "than half",
+    "file in full",
+    "norms moved",
+    "declared untouched",
+    "one seed",
+]
 
 
 def test_a_clean_run_has_no_problem(project):
@@ -207,6 +215,16 @@ def test_a_conflict_is_told(project):
     project.plant("sums", "0-1", noise(0.01))
     project.plant("names", "0-1", lambda name, weights: -noise(0.01)(name, weights))
     assert "opposite directions: sums and names (cosine -1.00)" in told(project)
+
+
+def test_stages_that_start_from_one_seed_are_told(project):
+    project.stages |= {"sums": ("base", "lora", "0-1"), "names": ("base", "lora", "0-1")}
+    project.params()
+    for name in ("sums", "names"):
+        torch.manual_seed(0)
+        project.train(name)
+    assert "start from one seed, so that agreement between them says nothing" in told(project)
+    assert "sums and names (overlap 0.9" in told(project)
 
 
 def test_a_stage_lost_to_rounding_is_told(project):
