@@ -320,23 +320,19 @@ def head_maps(heads: pd.DataFrame, divergence: list[list[float]]) -> str:
         table = heads.pivot(index="head", columns="layer", values=key)
         values = 100 * table.reindex(index=range(len(moved)), columns=range(moved.shape[1])).to_numpy(float)
         maps += [(title, "%", values)] if np.isfinite(values).any() else []
-    tips: Tips = {}
     figure = Figure((WIDTH, len(maps) * (0.11 * len(moved) + 0.55) + 0.3), layout="constrained")
     panels = figure.subplots(len(maps), 1, sharex=True, squeeze=False)[:, 0]
-    for number, (axes, (title, unit, values)) in enumerate(zip(panels, maps, strict=True)):
+    for axes, (title, unit, values) in zip(panels, maps, strict=True):
         _layer_grid(axes, [], moved.shape[1])
-        norm, colour = Normalize(0, max(np.nanmax(values), 1e-9)), mpl.colormaps["cividis"]
         axes.set(title=title, ylabel="head", ylim=(len(moved) - 0.5, -0.5))
         axes.patches[0].set_height(len(moved))
-        for head, layer in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            gid = f"k{number}_{layer}_{head}"
-            _cell(axes, layer, head, colour(norm(values[head, layer])), gid)
-            tips[gid] = f"layer {layer}, head {head}: {values[head, layer]:.3g} {unit}"
-        bar = figure.colorbar(ScalarMappable(norm, colour), ax=axes, pad=0.01, aspect=8, fraction=0.03)
+        # One bitmap, for a cell of its own for every head would be megabytes.
+        bitmap = axes.imshow(values, "cividis", Normalize(0), aspect="auto", interpolation="nearest", zorder=2)
+        bar = figure.colorbar(bitmap, ax=axes, pad=0.01, aspect=8, fraction=0.03)
         bar.set_label(unit)
         bar.outline.set_visible(False)
     panels[-1].set_xlabel("layer")
-    return _svg(figure, tips, "Every attention head of the merged file")
+    return _svg(figure, {}, "Every attention head of the merged file")
 
 
 @mpl.rc_context(STYLE)

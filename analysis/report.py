@@ -205,8 +205,9 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
 
 def _moved_rows(facts: Facts) -> list[dict[str, Any]]:
     """Relative change of what reads the residual stream and of what writes to it, and the norm that moved furthest."""
-    rows = []
-    for name, own in facts.measured.rows[facts.measured.rows["layer"] != OUTSIDE].groupby("stage", sort=False):
+    rows, inside = [], facts.measured.rows[facts.measured.rows["layer"] != OUTSIDE]
+    for name in facts.measured.names:
+        own = inside[inside["stage"] == name]
         matrices = own[own["parameter"].eq("weight") & ~own["module"].str.contains(NORMS)]
         writes = matrices["module"].str.contains(WRITERS)
         row: dict[str, Any] = {"stage": name, "norms": 0, "norm": None, "furthest": "–"}

@@ -14,6 +14,8 @@ from stages.weights.checkpoint import open_stages
 from tests.conftest import ARCHITECTURES, COMMON, make_base
 from tests.stages.test_train import fit, make_examples, make_stage
 
+pytest.importorskip("bitsandbytes", reason="an extra that most do not need: uv sync --extra four-bit")
+
 NF4 = [  # appendix E of arXiv 2305.14314
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
