@@ -2,11 +2,12 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from analysis import report, view, words
+from analysis import figures, report, view, words
 from analysis.skills import is_worse
 from stages import params
 from stages.errors import MistakeError
@@ -171,6 +172,49 @@ def test_view_prints_the_headline(project, capsys, monkeypatch):
     view.main()
     text = capsys.readouterr().out
     assert text.startswith("- On the skill that it was trained on") and "open reports/report.html" in text
+
+
+def test_a_page_of_sixty_layers_and_six_stages_is_small():
+    names, modules = [f"stage{number}" for number in range(6)], [f"self_attn.part{number}" for number in range(9)]
+    keys = [(name, layer, module) for name in [*names, "merged"] for layer in range(60) for module in modules]
+    cells = pd.DataFrame(keys, columns=["stage", "layer", "module"])
+    cells["relative_change"] = np.random.default_rng(0).uniform(1e-3, 1e-2, len(cells))
+    cells["floor"] = 1e-3
+    grams = {layer: np.eye(7) + 0.1 for layer in range(60)}
+    shares = cells[["layer", "stage"]].drop_duplicates().replace("merged", "unexplained").assign(share=1 / 7)
+    drift = {part: [0.1] * 60 for part in ("mean", "low", "high")}
+    found = {"on": {"drift": drift}, "off": {"drift": drift}, "trained": [1], "lens": [0.1] * 60}
+    found["written"] = {"self_attn": [1.0] * 60, "mlp": [1.0] * 60}
+    probe = {"checkpoints": dict.fromkeys([*names, "merged"], found), "base": found}
+    probe["floor"] = {"drift": [0.01] * 60, "lens": [0.01] * 60}
+    heads = pd.DataFrame([(layer, head, 0.1, 0.1) for layer in range(60) for head in range(32)])
+    heads.columns = ["layer", "head", "qk", "ov"]
+    curve = [{"step": step, "loss": 1 / step} for step in range(1, 1000)]
+    skill = {"accuracy": 0.5, "loss": 1.0}
+    rows = [
+        {"stage": stage, "layers": layers, "dataset": name, "loss": 1.0, "without": 1.5}
+        for stage in names
+        for layers in ([1, 2], [3, 4], [5, 6])
+        for name in names
+    ]
+    pictures = [
+        figures.heat_maps(cells, [*names, "merged"], [*names, "merged"], modules, 60),
+        figures.cosine_maps(sum(grams.values()), grams, [*names, "merged"], 60, paired=6),
+        figures.whose_change(shares, names, 60),
+        figures.floor_lines(cells[cells["stage"] == "merged"].drop_duplicates("layer"), 60),
+        figures.drift_lines(probe, 60),
+        figures.behaviour_lines(probe, 60),
+        figures.head_maps(heads, [[0.1] * 32] * 60),
+        figures.loss_curves(dict.fromkeys(names, curve)),
+        figures.ablation_map(rows, {name: name for name in names}),
+        figures.evaluation_matrix(
+            {model: dict.fromkeys(names, skill) for model in ["base", *names, "merged"]},
+            dict.fromkeys(["base", *names, "merged"], "lora, layers 0-59, on base"),
+            {name: name for name in names},
+            [],
+        ),
+    ]
+    assert sum(map(len, pictures)) < 1_950_000  # 2 MB with the words
 
 
 def noise(size):
