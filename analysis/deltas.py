@@ -7,6 +7,7 @@ ratios. Inner products are summed in float64; they give cosines and survival wit
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from stages.weights.adapter import Factors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 MERGED = "merged"
-CHUNK = 1 << 22  # entries that are float64 at one time
+CHUNK = 1 << 18  # entries that are looked at together: few enough to stay in the processor's cache
 
 COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
 SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions", "intruders"]
@@ -120,17 +121,17 @@ class _Tally:
         factors: dict[str, Factors | None],
     ) -> None:
         """Take in one tensor: of the base, of the merged file, the deltas of its stages, and the exact merge."""
-        weight, rounded_base = stored.float(), stored.to(result.dtype)
-        exact = {stage: weight + delta for stage, delta in own.items()}
-        files = {stage: values.to(result.dtype) for stage, values in exact.items()}
-        deltas = dict(own)
+        weight, rounded_base, deltas = stored.float(), stored.to(result.dtype), dict(own)
         if self.listed & own.keys():
-            exact[MERGED], files[MERGED], deltas[MERGED] = whole, result, result.float() - weight
+            deltas[MERGED] = result.float() - weight
         else:
             self.untouched.append(_distance(result, rounded_base))
         is_matrix = weight.dim() == 2
         familiar = Familiar(weight) if is_matrix and where[0] != OUTSIDE else None
+        size = norm(weight) if deltas else 0.0
         for stage, delta in deltas.items():
+            exact = whole if stage == MERGED else weight + delta
+            file = result if stage == MERGED else exact.to(result.dtype)
             self.rows.append(
                 {
                     "stage": stage,
@@ -138,13 +139,13 @@ class _Tally:
                     "module": where[1],
                     "parameter": name.rpartition(".")[2],
                     "entries": weight.numel(),
-                    "weight": norm(weight),
+                    "weight": size,
                     "delta": norm(delta),
-                    "error": norm(files[stage].float() - exact[stage]),
-                    "unchanged": int((files[stage] == rounded_base).sum()),
-                    "max_abs": float(delta.abs().max()),
+                    "error": sum(norm(there.float() - here) ** 2 for here, there in _chunks(exact, file)) ** 0.5,
+                    "unchanged": int(torch.count_nonzero(file == rounded_base)),
+                    "max_abs": max(float(part.abs().max()) for (part,) in _chunks(delta)),
                     **(_spectrum(delta, factors.get(stage)) if stage != MERGED and is_matrix else {}),
-                    **({"intruders": familiar.intruders(files[stage].float())} if familiar else {}),
+                    **({"intruders": familiar.intruders(file.float())} if familiar else {}),
                 }
             )
         used = {s: strongest(own[s], factors.get(s)) for s in own} if is_matrix and len(own) > 1 else {}
@@ -165,7 +166,7 @@ class _Tally:
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:
     """⟨Δᵢ,Δⱼ⟩ of all pairs, float64 [deltas, deltas]; only a chunk of the deltas is float64 at one time."""
     total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for parts in zip(*(delta.flatten().split(CHUNK) for delta in deltas), strict=True):
+    for parts in _chunks(*deltas):
         rows = torch.stack(parts).double()
         total += rows @ rows.T
     return total.numpy()
@@ -181,15 +182,22 @@ def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
         size: Σ|Δ|₁ over the deltas, and |ΣΔ|₁, what is left of it when they are `summed`.
         summed_by_chance: the latter for unrelated normal deltas of the same sizes, whose squares add.
     """
-    stacked = torch.stack([delta.flatten() for delta in deltas])
-    changed = (stacked != 0).all(0)
-    positive = (stacked > 0).sum(0)
-    sizes = stacked.abs().sum(1, dtype=torch.float64)
+    sizes = torch.zeros(len(deltas), dtype=torch.float64)
+    entries = disagreeing = 0
+    summed = 0.0
+    for parts in _chunks(*deltas):
+        stacked = torch.stack(parts)
+        signs = stacked.sign()
+        changed = (signs != 0).all(0)
+        entries += int(torch.count_nonzero(changed))
+        disagreeing += int(torch.count_nonzero(changed & (signs.sum(0).abs() < len(deltas))))
+        sizes += stacked.abs().sum(1, dtype=torch.float64)
+        summed += float(stacked.sum(0).abs().sum(dtype=torch.float64))
     return {
-        "entries": int(changed.sum()),
-        "disagreeing": int((changed & (positive > 0) & (positive < len(deltas))).sum()),
+        "entries": entries,
+        "disagreeing": disagreeing,
         "size": float(sizes.sum()),
-        "summed": float(stacked.sum(0).abs().sum(dtype=torch.float64)),
+        "summed": summed,
         "summed_by_chance": float(sizes.square().sum().sqrt()),
     }
 
@@ -320,7 +328,12 @@ def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
 def norm(values: torch.Tensor) -> float:
     """Frobenius norm, summed in float64."""
     # float32 would lose digits over millions of entries
-    return float(sum(part.double().square().sum() for part in values.flatten().split(CHUNK))) ** 0.5
+    return sum(float(part.double().square().sum()) for (part,) in _chunks(values)) ** 0.5
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same CHUNK entries of tensors of one shape, and then the next."""
+    return zip(*(tensor.flatten().split(CHUNK) for tensor in tensors), strict=True)
 
 
 def module_kinds(base: Checkpoint, stack: str) -> list[str]:

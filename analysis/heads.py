@@ -65,7 +65,7 @@ def _circuits(model: Weights, paths: dict[str, str], config: Any) -> tuple[Circu
     size = len(q) // heads
     shared = heads // (len(k) // size)  # query heads to one of keys and values
     q, k, v = (each.unflatten(0, (-1, size)) for each in (q, k, v))
-    k, v = (each.repeat_interleave(shared, 0) for each in (k, v))
+    k, v = (each[:, None].expand(-1, shared, -1, -1).flatten(0, 1) for each in (k, v))
     return (q.mT, k), (o.unflatten(1, (heads, size)).movedim(1, 0), v)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis import deltas
-from analysis.subspaces import Directions, Familiar, interference, overlap, strongest
+from analysis.subspaces import Directions, Familiar, interference, largest_share, overlap, strongest
 from stages import params
 from stages.merging.merged import Merged, open_merged
 from stages.weights.checkpoint import open_stages
@@ -85,10 +85,24 @@ def test_planted_intruders_are_found(shape, planted):
     assert planted - 1 <= found <= planted  # a random direction can by chance be near to an old one
 
 
-def test_where_the_first_test_cannot_tell_all_directions_are_looked_at():
-    weight = spectrum(200, 200, [1.0] * 200)  # none of its directions is stronger than another
-    changed = weight + spectrum(200, 200, [0.05] * 10, seed=7)
-    assert Familiar(weight).intruders(changed) == dense_intruders(weight, changed)
+@pytest.mark.parametrize(("strength", "intruders"), [(0.05, 0), (80.0, 10)])
+def test_where_no_direction_is_much_stronger_than_the_next(strength, intruders):
+    weight = normal(300, 200, seed=3)
+    changed = weight + spectrum(300, 200, [strength + i for i in range(10, 0, -1)] if intruders else [strength], seed=7)
+    assert Familiar(weight).intruders(changed) == dense_intruders(weight, changed) == intruders
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (400, 300), (300, 400)])
+def test_large_shares_are_those_of_a_dense_decomposition_and_small_ones_stay_small(shape):
+    rank = min(shape)
+    weight = spectrum(*shape, [20 * 0.95 ** (i * 40 / rank) for i in range(rank)])
+    left = torch.linalg.svd(weight).U[:, :rank]
+    random = subspace(shape[0], 5, seed=30)
+    parts = [0.64**0.5 * left[:, [3]] + 0.36**0.5 * left[:, [20]]]
+    parts += [share**0.5 * left[:, [3]] + (1 - share) ** 0.5 * random[:, [0]] for share in (0.2, 0.24, 0.26, 0.3)]
+    near = torch.nn.functional.normalize(torch.cat([left[:, :2], *parts], 1), dim=0)
+    assert largest_share(weight, near).tolist() == pytest.approx((left.T @ near).square().amax(0).tolist(), abs=1e-3)
+    assert largest_share(weight, random).max() < 0.2
 
 
 def test_stages_from_one_seed_read_the_same_and_others_do_not(project):
