@@ -117,6 +117,18 @@ def test_average_of_two_keeps_half_of_each():
     assert list(deltas.survival(gram, ["a", "b", "merged"], ["a", "b"])["survival"][:2]) == pytest.approx([0.5, 0.5])
 
 
+def test_dare_explains_the_share_that_it_keeps(project):
+    base, stages = open_stages(["sums"])
+    merge = params.Merge(
+        method="dare_linear", weights={"sums": 1.0}, parameters={"density": 0.2}, dtype="float32", seed=1
+    )
+    merged = Merged(base, stages, merge)
+    found = deltas.measure(stages, merged, merged)
+    whole = deltas.survival(sum(found.grams.values()), found.names, ["sums"])
+    assert whole["survival"].iloc[0] == pytest.approx(1, abs=0.05)
+    assert whole["share"].tolist() == pytest.approx([0.2, 0.8], abs=0.02)
+
+
 def test_unexplained_is_what_no_stage_did():
     stage, stranger = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
     gram = deltas.inner_products([stage, stranger])

@@ -43,6 +43,7 @@ def test_every_matrix_of_every_stage_has_the_spectrum_of_its_dense_delta(project
     rows = deltas.measure(stages, exact, open_merged(base, stages, settings.merge)).rows
     lora = rows[rows["stage"] == "sums"].dropna(subset=["effective_rank"])
     assert len(lora) == 14 and set(lora["directions"]) == {16}
+    assert rows[rows["stage"] == "prose"]["effective_rank"].min() > 16  # a full stage uses more than any LoRA here
     for stage in stages:
         own = rows[(rows["stage"] == stage.name) & rows["effective_rank"].notna()]
         row = own.iloc[0]
