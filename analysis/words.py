@@ -11,13 +11,8 @@ from analysis.facts import Facts
 from analysis.figures import percent
 from analysis.skills import Change, score
 
-ROUNDING = 0.25  # rounding error, as a share of the change, from which a card warns
-CONFLICT = -0.1  # cosine of two stages below which a card says that they undo each other
-SAME = 0.7  # overlap of what two stages read, above that of one task from two seeds (0.37), below one seed's (0.98)
-LOST = 0.9  # rounding error, as a share of a stage's change, from which the change is lost
 SENTENCES = 5
 SHIFT = 0.15  # of a stage's change; one of which no more is missing is in the file in full
-NORM = 0.1  # drift of a norm's gain from which the headline tells
 NORMS = r"norm|ln_"  # in the names of normalisations
 HALF = 0.5  # of a stage's gain; a merge that keeps less has lost the skill rather than some of it
 
@@ -67,7 +62,8 @@ def _touched(facts: Facts) -> list[str]:
 def _conflicts(facts: Facts) -> list[str]:
     """Pairs of stages whose changes point in opposite directions."""
     names, angles = list(facts.settings.stages), cosines(facts.gram)
-    pairs = [(i, j) for i in range(len(names)) for j in range(i) if angles[i, j] < CONFLICT]
+    limit = facts.settings.warn.cosine
+    pairs = [(i, j) for i in range(len(names)) for j in range(i) if angles[i, j] < limit]
     if not pairs:
         return []
     told = ", ".join(f"{names[j]} and {names[i]} (cosine {angles[i, j]:+.2f})" for i, j in pairs)
@@ -80,7 +76,7 @@ def _same_start(facts: Facts) -> list[str]:
     told = [
         f"{first} and {second} (overlap {row.reads:.2f}, by chance {row.reads_by_chance:.2f})"
         for (first, second), row in pairs.iterrows()
-        if row.reads > SAME
+        if row.reads > facts.settings.warn.same_start
     ]
     if not told:
         return []
@@ -92,7 +88,8 @@ def _same_start(facts: Facts) -> list[str]:
 
 def _rounded_away(facts: Facts) -> list[str]:
     """Stages whose change rounding to the file's dtype takes away: the error is about the change itself, or larger."""
-    lost = [name for name in facts.merged_stages if facts.whole.loc[name, "floor_share"] > LOST]
+    limit = facts.settings.warn.lost
+    lost = [name for name in facts.merged_stages if facts.whole.loc[name, "floor_share"] > limit]
     if not lost:
         return []
     told = ", ".join(f"{name} (the error is {percent(facts.whole.loc[name, 'floor_share'])} of it)" for name in lost)
@@ -107,11 +104,12 @@ def _kept(facts: Facts) -> dict[str, float]:
 
 
 def _missing(facts: Facts) -> list[str]:
-    lost = {name: share for name, share in _kept(facts).items() if share < HALF}
+    limit = facts.settings.warn.kept
+    lost = {name: share for name, share in _kept(facts).items() if share < limit}
     if not lost:
         return []
     told = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in lost.items())
-    return [f"The file holds less than half of what the merge was asked for: {told}."]
+    return [f"The file holds less than {100 * limit:.0f} % of what the merge was asked for: {told}."]
 
 
 def _shifted(facts: Facts) -> list[str]:
@@ -133,14 +131,15 @@ def _shifted(facts: Facts) -> list[str]:
 
 
 def _norms(facts: Facts) -> list[str]:
-    """Normalisations whose gain moved by more than NORM of its size."""
+    """Normalisations whose gain moved by more than `warn.norm` of its size."""
     rows = facts.measured.rows[facts.measured.rows["module"].str.contains(NORMS)]
-    rows = rows[rows["delta"] > NORM * rows["weight"]]
+    limit = facts.settings.warn.norm
+    rows = rows[rows["delta"] > limit * rows["weight"]]
     if not len(rows):
         return []
     worst = rows.loc[(rows["delta"] / rows["weight"]).idxmax()]
     return [
-        f"{len(rows)} norms moved by more than {percent(NORM)} of their gain, which scales all that a layer reads; the"
+        f"{len(rows)} norms moved by more than {percent(limit)} of their gain, which scales all that a layer reads; the"
         f" furthest is {worst['module']} of layer {worst['layer']} in {worst['stage']}, by"
         f" {percent(worst['delta'] / worst['weight'])}."
     ]
@@ -205,6 +204,7 @@ def guesses(facts: Facts) -> list[str]:
 
 def cards(facts: Facts) -> list[dict[str, Any]]:
     """Four numbers to see first; `warn` marks those that ask for a look."""
+    limits = facts.settings.warn
     merge = [change for change in facts.changed if change.model == "merged"]
     kept = sum(not change.worse for change in merge)
     share = facts.whole.loc["merged", "floor_share"]
@@ -213,7 +213,7 @@ def cards(facts: Facts) -> list[dict[str, Any]]:
     overlaps = overlaps[np.isfinite(overlaps)]
     strongest = float(overlaps[np.abs(overlaps).argmax()]) if len(overlaps) else 0.0
     violations = int((facts.frozen["max_abs"] != 0).sum())
-    meaning = "they undo each other" if strongest < CONFLICT else "0 is unrelated, −1 undoes, +1 is the same"
+    meaning = "they undo each other" if strongest < limits.cosine else "0 is unrelated, −1 undoes, +1 is the same"
     return [
         {
             "number": f"{kept} of {len(merge)}",
@@ -223,12 +223,12 @@ def cards(facts: Facts) -> list[dict[str, Any]]:
         {
             "number": percent(share),
             "text": "is the size of the rounding error in the file, against the change",
-            "warn": share > ROUNDING,
+            "warn": share > limits.rounding,
         },
         {
             "number": f"{strongest:+.2f}",
             "text": f"strongest overlap of two stages; {meaning}",
-            "warn": strongest < CONFLICT,
+            "warn": strongest < limits.cosine,
         },
         {
             "number": violations,

@@ -221,6 +221,23 @@ class Evaluate(Settings):
     max_new_tokens: int = Field(default=32, gt=0)
 
 
+class Warn(Settings):
+    """From when on the report's headline and cards warn.
+
+    `rounding` is the rounding error of the merged file as a share of the change, `lost` the same of one stage, which
+    is then lost. Below `cosine` two stages undo each other; above `same_start`, the overlap of what two stages read,
+    they started from one seed: one task from two seeds has 0.37, two tasks from one seed 0.98. `norm` is how far a
+    norm's gain moved, as a share of it, and `kept` how much of the weight that the merge was asked for the file holds.
+    """
+
+    rounding: float = Field(default=0.25, gt=0)
+    lost: float = Field(default=0.9, gt=0)
+    cosine: float = Field(default=-0.1, ge=-1, le=0)
+    same_start: float = Field(default=0.7, gt=0, le=1)
+    norm: float = Field(default=0.1, gt=0)
+    kept: float = Field(default=0.5, gt=0, le=1)
+
+
 class Params(BaseModel):
     """All of params.yaml.
 
@@ -239,6 +256,7 @@ class Params(BaseModel):
     merge: Merge
     search: Search
     evaluate: Evaluate
+    warn: Warn = Warn()
 
     @property
     def skills(self) -> dict[str, str]:
@@ -288,6 +306,7 @@ def load(path: Path = PARAMS) -> Params:
         merge=_settings(content, "merge", Merge, path),
         search=_settings({"search": {}} | content, "search", Search, path),
         evaluate=_settings(content, "evaluate", Evaluate, path),
+        warn=_settings({"warn": {}} | content, "warn", Warn, path),
     )
     _check_references(params, path)
     if (BASE / "stage.json").exists():

@@ -213,6 +213,8 @@ merge:
   dtype: float32
 evaluate:
   max_new_tokens: 4
+warn:
+  rounding: 0.25
 """
 
 

@@ -85,6 +85,11 @@ MISTAKES = {
         "write base.extra_neurons: 64",
     ),
     "section missing": ("base:\n  model: model\n  dtype: float32\n", "", "base is missing;"),
+    "a cosine above zero": (
+        "rounding: 0.25",
+        "cosine: 0.5",
+        "warn.cosine is 0.5; it should be less than or equal to 0",
+    ),
     "evaluation missing": ("evaluate:\n  max_new_tokens: 4\n", "", "evaluate is missing;"),
     "threads missing": ("threads: 1\n", "", "threads is missing; add it"),
     "key twice": ("seed: 0", "seed: 0\nseed: 1", "line 2 is not valid YAML"),
