@@ -5,6 +5,7 @@ SmolLM2-135M, each in a process of its own, one after the other; README.md tells
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -39,14 +40,19 @@ IMPORTS = {
 }
 STRATA = """
 import json, sys, time
-import stages.train
-fit = stages.train.fit
+import stages.loop, stages.train
+fit, step, ends = stages.train.fit, stages.loop.Run.step, []
+def stepped(*args):
+    point = step(*args)
+    ends.append(time.perf_counter())
+    return point
 def timed(*args, **kwargs):
     start = time.perf_counter()
     curve = fit(*args, **kwargs)
     print(f"\\nseconds {time.perf_counter() - start}\\nlosses {json.dumps([point['loss'] for point in curve])}")
+    print("ends", json.dumps([end - start for end in ends]))
     return curve
-stages.train.fit = timed
+stages.loop.Run.step, stages.train.fit = stepped, timed
 stages.train.main("one")
 """
 OTHERS = """
@@ -103,11 +109,17 @@ print("losses", json.dumps([entry["loss"] for entry in trainer.state.log_history
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case: its cost and its loss at every step."""
+    """One contender in one case: its cost, its loss at every step, and of Strata when each step ended, in seconds."""
 
     contender: str
     cost: Cost
     losses: list[float]
+    ends: list[float]
+
+    def passes(self) -> str:
+        """Seconds of each pass over the examples."""
+        marks = [0.0, *self.ends[EXAMPLES // SETTINGS["batch_size"] - 1 :: EXAMPLES // SETTINGS["batch_size"]]]
+        return ", ".join(f"{end - start:.1f}" for start, end in itertools.pairwise(marks))
 
 
 def prepare(folder: Path, dtype: str) -> None:
@@ -173,9 +185,14 @@ def compete(folder: Path, dtype: str, imports: dict[str, Imports]) -> list[Row]:
     for contender, command in commands.items():
         print(f"  {contender} …", file=sys.stderr, flush=True)
         cost, printed = measure(command, folder, imports[contender.partition(",")[0]])
-        losses = next(line for line in printed.splitlines() if line.startswith("losses "))
-        rows.append(Row(contender, cost, [float(loss) for loss in json.loads(losses.removeprefix("losses "))]))
+        rows.append(Row(contender, cost, told(printed, "losses"), told(printed, "ends")))
     return rows
+
+
+def told(printed: str, word: str) -> list[float]:
+    """The numbers of the line that begins with `word`; none without one."""
+    lines = [line.removeprefix(f"{word} ") for line in printed.splitlines() if line.startswith(f"{word} ")]
+    return [float(number) for number in json.loads(lines[0])] if lines else []
 
 
 def table(case: str, rows: list[Row], kept: float) -> str:
@@ -194,7 +211,9 @@ def table(case: str, rows: list[Row], kept: float) -> str:
             f"| {row.contender} | {seconds:.1f} | {ratio:.2f} | {row.cost.cpu:.0f} | {row.cost.anonymous / 1e6:.0f}"
             f" | {row.losses[-1]:.4f} | {gap:.1e} |"
         )
-    return "\n".join([*lines, "", f"Kept on disk by the prefix cache: {kept / 1e6:.0f} MB.", ""])
+    passes = "; ".join(f"{row.contender}: {row.passes()} s" for row in rows if row.ends)
+    notes = f"Seconds of each pass: {passes}. Kept on disk by the prefix cache: {kept / 1e6:.0f} MB."
+    return "\n".join([*lines, "", notes, ""])
 
 
 def main() -> None:

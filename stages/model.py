@@ -78,19 +78,18 @@ def pad(examples: list[Example], filler: int, device: torch.device | str = "cpu"
     return Batch(ids.to(device), present.to(device), weights.to(device))
 
 
-CHUNK = 1024  # tokens whose logits are in memory at once
+CHUNK = 512  # tokens whose logits are in memory at once
 RESCALED = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # configs of models that change their logits
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats of every token with a weight, and these weights: float32, in one dimension.
 
-    Only such positions pass through the output layer, CHUNK of them at a time, and their logits are computed again
-    for the gradient: the vocabulary is what makes logits dear.
+    Only such positions pass through the output layer, CHUNK of them at a time, for the vocabulary makes logits dear.
     """
     targets = batch.weights[:, 1:] != 0
     words, weights = batch.ids[:, 1:][targets], batch.weights[:, 1:][targets]
-    chunked = len(words) > CHUNK and not any(getattr(model.config, key, None) for key in RESCALED)
+    chunked = not any(getattr(model.config, key, None) for key in RESCALED)
     hidden: list[torch.Tensor] = []
 
     def select(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -105,12 +104,41 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         hook.remove()
     if not chunked:
         return _cross_entropy(logits, words), weights
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHead.apply(hidden[0], words, head), weights
 
     def losses(part: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         return _cross_entropy(head(part), words)
 
     parts = zip(hidden[0].split(CHUNK), words.split(CHUNK), strict=True)
     return torch.cat([checkpoint(losses, part, word, use_reentrant=False) for part, word in parts]), weights
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Cross-entropy of hidden states [tokens, width] under an output layer that is not trained.
+
+    A token's loss depends on its own hidden state alone, so its gradient is taken together with it, and the logits need
+    neither be kept nor computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, words: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+        losses, gradients = [], []
+        for part, word in zip(hidden.split(CHUNK), words.split(CHUNK), strict=True):
+            with torch.set_grad_enabled(hidden.requires_grad):
+                part = part.detach().requires_grad_(hidden.requires_grad)
+                found = _cross_entropy(head(part), word)
+                if hidden.requires_grad:
+                    gradients += torch.autograd.grad(found.sum(), part)
+            losses.append(found.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * weights[:, None].to(gradients.dtype), None, None
 
 
 def _cross_entropy(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -49,18 +49,26 @@ def test_negative_weights_count_by_their_size():
     assert run.together([[example]]) == pytest.approx(float((losses[0] - 0.5 * losses[1]) / 1.5), rel=1e-6)
 
 
-def test_chunks_of_the_output_layer_change_nothing(monkeypatch):
+@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("chosen", ["all", {"embeddings": "all", "mlp": "all"}])  # the output layer frozen, and trained
+def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk, chosen):
     make_base("qwen2")
-    results = []
-    for chunk in (1024, 7):
-        monkeypatch.setattr(model, "CHUNK", chunk)
-        torch.manual_seed(0)
-        wrapped = train.put_on(make_stage("full"), AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
-        run = Run(wrapped, make_stage("full"), Accelerator())
-        loss = run.together([make_examples()])
-        results.append((loss, torch.cat([p.grad.flatten() for p in run.trained.values()])))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
+    monkeypatch.setattr(model, "CHUNK", chunk)
+    stage = make_stage("full", layers=chosen)
+    wrapped = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    run, examples = Run(wrapped, stage, Accelerator()), make_examples()
+    found = run.together([examples])
+    gradients = torch.cat([p.grad.flatten() for p in run.trained.values()])
+    run.optimizer.zero_grad()
+    truth = torch.zeros(())
+    for example in examples:
+        logits = wrapped(torch.tensor([example.ids[:-1]])).logits[0]
+        losses = cross_entropy(logits, torch.tensor(example.ids[1:]), reduction="none")
+        truth = truth + losses @ torch.tensor(example.weights[1:])
+    truth = truth / sum(example.learned for example in examples)
+    truth.backward()
+    assert found == pytest.approx(float(truth), rel=1e-6)
+    assert torch.allclose(gradients, torch.cat([p.grad.flatten() for p in run.trained.values()]), rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -145,27 +153,49 @@ def test_patience():
     assert not is_stale(curve(1, 2, 3), None)
 
 
-# What `launch: accelerate launch --cpu --num_processes 2` in params.yaml makes DVC run.
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
+LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]  # `launch: torchrun --nproc_per_node 2`
 
 
 def run_train(name):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *LAUNCH, "-m", "stages.train", name]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def curve_of(name):
     return [point["loss"] for point in json.loads(Path(f"reports/train/{name}.curve.json").read_text())]
 
 
+# Tells, beside training, how many processes there are and how many examples each has passed through its model.
+COUNTED = """
+import sys
+from pathlib import Path
+from stages import loop, train
+passed, loss = [], loop.Run.loss
+def counted(self, piece):
+    passed.append(len(piece))
+    a = self.accelerator
+    Path(f"process{a.process_index}").write_text(f"{a.distributed_type.value} {a.num_processes} {sum(passed)}")
+    return loss(self, piece)
+loop.Run.loss = counted
+train.main(sys.argv[1])
+"""
+
+
 def test_two_processes_give_the_curve_of_one(project):
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    micro_batch_size: 4")
+    )
     prepare()
     train.main("sums")
     one = curve_of("sums")
-    process = run_train("sums")
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    Path("counted.py").write_text(COUNTED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "counted.py", "sums"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [Path(f"process{rank}").read_text() for rank in range(2)] == ["MULTI_CPU 2 100"] * 2  # 25 steps of 4 and 4
     assert curve_of("sums") == pytest.approx(one, rel=1e-4) and len(one) == 25
 
 
