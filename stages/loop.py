@@ -1,7 +1,8 @@
 """The training loop: steps, gradients, the best weights, and a state to go on from after a kill.
 
-Several processes (`accelerate launch`) divide the examples of every step and add their gradients, so their number
-changes the result by rounding alone. What is trained is small beside the model, so each holds all of it.
+Several processes (`launch`) divide the examples of every step and add their gradients, so their number
+changes the result by rounding alone. What is trained is small beside the model, so each holds all of it; of the frozen
+weights too, unless the launcher divides them (`stages.shard`).
 """
 
 import math
@@ -118,9 +119,11 @@ class Run:
         learned = sum(example.learned for group in groups for example in group)
         pieces = [piece for group in groups for piece in self._pieces(group)]
         mine = pieces[self.accelerator.process_index :: self.accelerator.num_processes]
+        # Where layers are divided, each needs all processes: one with nothing left to do takes part for nothing.
+        idle = -(-len(pieces) // self.accelerator.num_processes) - len(mine)
         total = torch.zeros(1, device=self.accelerator.device)
-        for piece in mine:
-            loss = self.loss(piece) / learned
+        for piece, share in [(piece, 1) for piece in mine] + [(pieces[0], 0)] * idle:
+            loss = self.loss(piece) * share / learned
             self.accelerator.backward(loss)
             total += loss.detach()
         if self.accelerator.num_processes > 1:

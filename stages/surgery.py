@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -48,12 +49,13 @@ def input_bases(model: Any, matrices: list[str], batches: Iterable[Batch], energ
     """An orthonormal basis of what comes into each weight matrix, float32 [in, q], by module name.
 
     Args:
-        model: a causal language model; adapters may sit on its matrices, which keep their names.
-        matrices: names of the modules.
+        model: a causal language model, or one wrapped by PEFT.
+        matrices: names of the modules in the unwrapped model.
         batches: what it is run on.
         energy: q is the smallest number of directions that hold this share of the inputs' squared norm.
     """
     model.eval()
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     sums: dict[str, torch.Tensor] = {}
     present: list[torch.Tensor] = []
 
@@ -62,7 +64,7 @@ def input_bases(model: Any, matrices: list[str], batches: Iterable[Batch], energ
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        inner.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
         for name in matrices
     ]
     try:

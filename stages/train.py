@@ -6,6 +6,7 @@ curve and metrics in reports/train. Killed at any instant, it goes on from its l
 
 import importlib.metadata
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,58 +24,66 @@ from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, s
 from stages.loop import fit
 from stages.methods.lora import Lora
 from stages.methods.stage import Stage, Training
-from stages.model import compute_dtype, load_model, load_tokenizer, pad, set_weights
+from stages.model import compute_dtype, device, load_model, load_tokenizer, pad, set_weights
 from stages.outside import take
 from stages.prefix import Prefix
 from stages.quantize import quantize
 from stages.records import Example, encode, load_split
 from stages.resume import resume_folder
+from stages.shard import load_everywhere, shard
 from stages.surgery import input_bases, save_bases
 from stages.weights.checkpoint import open_checkpoint
 
 REMEMBERED_BATCHES = 16
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+DIVIDED = (DistributedType.FSDP,)
 
 
 def main(name: str) -> None:
     """Train stage `name` and publish its checkpoint and loss curve."""
     settings = params.load()
     stage = find(name, settings)
+    dtype = compute_dtype()
+    # On a CPU accelerate takes every process for the only one, unless it is told.
+    accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     if not isinstance(stage, Training):
-        write_reports(name, {"trained_parameters": take(name, settings)}, [])
+        if accelerator.is_main_process:
+            write_reports(name, {"trained_parameters": take(name, settings)}, [])
         return
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Every new tensor would be written once for nothing, which takes 3 % of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # One seed for all stages would give them the same A matrices, which looks like agreement.
     seed = derive_seed(settings.seed, name)
     set_seed(seed)
     record = describe(name, stage, settings, seed)
-    dtype = compute_dtype()
-    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    if accelerator.distributed_type not in REPLICATED:
-        raise MistakeError(
-            f"params.yaml: launch asks for {accelerator.distributed_type.value}, which divides the model among"
-            " processes; here each holds all of it, so take a config with distributed_type MULTI_GPU, or python"
-        )
+    in_4bit, divided = isinstance(stage, Lora) and stage.load_in_4bit, accelerator.distributed_type in DIVIDED
+    check_launch(name, settings.launch, accelerator, in_4bit)
+    if divided:
+        load_everywhere()
     code = sha256(sorted(Path("stages").rglob("*.py")))
     with resume_folder(record | {"code": code}, accelerator) as work:
         model = put_on(stage, load_parent(stage, dtype), dtype)
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shown = sources(settings, name, stage, seed)
-        model.to(accelerator.device)
-        in_4bit = isinstance(stage, Lora) and stage.load_in_4bit
+        if divided:
+            shard(model, accelerator)
+        else:
+            model.to(accelerator.device)
         if in_4bit:
             quantize(model, dtype)
         key = {"parent": lineage(stage.parent), "dtype": dtype, "4bit": in_4bit, "torch": torch.__version__}
-        prefix = Prefix(model, key, settings.prefix_cache * 1e9)
+        # A process that finds a batch skips layers that the others wait for, so divided layers are not kept.
+        prefix = Prefix(model, key, 0 if divided else settings.prefix_cache * 1e9)
         curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning(stage, name), title=name)
+        bases = remember_inputs(model, stage, shown, accelerator) if stage.remember else None
         if accelerator.is_main_process:
             with publish(CHECKPOINTS / name) as folder:
                 stage.save(model, folder)
                 record["sha256"] = sha256([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
-                if stage.remember:
-                    with accelerator.autocast():
-                        remember_inputs(model, stage, shown, folder)
+                if bases:
+                    save_bases(bases, folder)
                 write_json(folder / "stage.json", record)
             write_reports(name, record, curve, cut=sum(source.cut for source in shown))
 
@@ -84,6 +93,32 @@ def find(name: str, settings: params.Params) -> Stage:
     if name not in settings.stages:
         raise MistakeError(f"params.yaml: stages has no {name!r}; it has {', '.join(settings.stages)}")
     return settings.stages[name]
+
+
+def check_launch(name: str, launch: str, accelerator: Accelerator, in_4bit: bool) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        MistakeError: the launcher started another number of processes than it was asked for, trains in a way that is
+            not known here, or divides a model in four bits.
+    """
+    kind, started = accelerator.distributed_type, accelerator.num_processes
+    asked = re.search(r"--num_processes[= ](\d+)", launch)
+    if asked and int(asked[1]) != started:
+        raise MistakeError(
+            f"params.yaml: launch asks for {asked[1]} processes and gets {started}, for accelerate starts no more on a"
+            f" CPU; write launch: torchrun --nproc_per_node {asked[1]}"
+        )
+    if kind not in REPLICATED + DIVIDED:
+        raise MistakeError(
+            f"params.yaml: launch asks for {kind.value}, which is not known here; take a config with distributed_type"
+            " MULTI_GPU or FSDP, or python"
+        )
+    if kind in DIVIDED and in_4bit:
+        raise MistakeError(
+            f"params.yaml: stages.{name}.load_in_4bit does not go with launch, which asks for {kind.value}: four bits"
+            " cannot be divided among processes; remove the key, or take a config with distributed_type MULTI_GPU"
+        )
 
 
 def describe(name: str, stage: Training, settings: params.Params, seed: int) -> dict[str, Any]:
@@ -113,10 +148,11 @@ def load_parent(stage: Training, dtype: torch.dtype) -> PreTrainedModel:
     """The model that the stage starts from in `dtype`, the modules of its `layers` in float32."""
     parent = open_checkpoint(stage.parent, {})
     model = load_model(parent, dtype)
-    chosen = layers.select(model, stage.layers)
-    for path in chosen:
-        model.get_submodule(path).float()
-    set_weights(model, parent, chosen)
+    if dtype != torch.float32:
+        chosen = layers.select(model, stage.layers)
+        for path in chosen:
+            model.get_submodule(path).float()
+        set_weights(model, parent, chosen)
     return model
 
 
@@ -157,14 +193,17 @@ def tuning(stage: Training, name: str) -> list[Example] | None:
     return [encode(record, tokenizer, stage.max_length) for record in records]
 
 
-def remember_inputs(model: PeftModel, stage: Training, sources: list[Source], folder: Path) -> None:
-    """Leave a basis of what the stage's own examples put into each weight matrix, for later stages to protect."""
+def remember_inputs(
+    model: PeftModel, stage: Training, sources: list[Source], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """A basis of what the stage's own examples put into each weight matrix, for later stages to protect."""
     filler = load_tokenizer().pad_token_id
     shown = [source.batch(step) for source in sources if source.name != REPLAY for step in range(REMEMBERED_BATCHES)]
-    batches = (pad(examples, filler, next(model.parameters()).device) for examples in shown)
+    batches = (pad(examples, filler, accelerator.device) for examples in shown)
     inner = open_checkpoint("base", {}).base.skeleton
     matrices = layers.linear_modules(inner, layers.select(inner, "all"))
-    save_bases(input_bases(model.get_base_model(), matrices, batches, stage.remember), folder)
+    with accelerator.autocast():
+        return input_bases(model, matrices, batches, stage.remember)
 
 
 def write_reports(name: str, record: dict[str, Any], curve: list[dict[str, float]], cut: int = 0) -> None:

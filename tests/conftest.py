@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; no test needs the network
@@ -153,7 +153,9 @@ def kill_once_saved(process: subprocess.Popen, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not list(Path(".dvc/tmp/resume").glob("*/state.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    trainer = psutil.Process(process.pid)  # torchrun puts what it starts into sessions of their own
+    for each in (trainer, *trainer.children(recursive=True)):
+        each.kill()
 
 
 def make_outside(name: str, model: PreTrainedModel, config: PeftConfig, size: float = 0.05) -> PeftModel:

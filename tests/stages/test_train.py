@@ -167,7 +167,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(project):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "stages.train", "sums"]
 
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     kill_once_saved(process, 120)
     assert process.wait() == -signal.SIGKILL
     assert not weights.exists()
@@ -193,8 +193,27 @@ def test_a_rate_that_explodes_is_refused_and_leaves_no_checkpoint(project):
     assert not weights.exists()
 
 
-def test_a_launcher_that_divides_the_model_is_refused(project, monkeypatch):
+def test_a_launcher_that_is_not_known_is_refused(project, monkeypatch):
+    prepare()
+    monkeypatch.setattr(train.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(MistakeError, match="launch asks for DEEPSPEED, which is not known here"):
+        train.main("sums")
+
+
+def test_a_launcher_that_starts_too_few_processes_is_told(project):
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text().replace("launch: python", "launch: accelerate launch --cpu --num_processes 2")
+    )
+    prepare()
+    with pytest.raises(MistakeError, match=r"launch asks for 2 processes and gets 1.*torchrun --nproc_per_node 2"):
+        train.main("sums")
+
+
+def test_four_bits_are_not_divided(project, monkeypatch):
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    load_in_4bit: true")
+    )
     prepare()
     monkeypatch.setattr(train.Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(MistakeError, match="launch asks for FSDP, which divides the model"):
+    with pytest.raises(MistakeError, match=r"stages.sums.load_in_4bit does not go with launch, which asks for FSDP"):
         train.main("sums")
