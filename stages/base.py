@@ -2,12 +2,14 @@
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
+import stages.weights.houlsby as houlsby
 from stages import params
 from stages.errors import MistakeError, run
 from stages.files import BASE, publish, sha256, write_json
@@ -37,9 +39,13 @@ def main() -> None:
         model = add_biases(model)  # type: ignore[assignment]
     if settings.extra_neurons:
         model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
+    if settings.adapter_size:
+        model = add_adapters(model, settings.adapter_size, params.load().seed)  # type: ignore[assignment]
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if settings.adapter_size:
+            shutil.copy(houlsby.__file__, folder)
         record = {
             "name": "base",
             "model": settings.model,
@@ -130,6 +136,35 @@ def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
         for name, weights in widened.state_dict().items():
             weights.zero_()[tuple(slice(size) for size in before[name].shape)] = before[name]
     return widened
+
+
+def add_adapters(model: PreTrainedModel, size: int, seed: int = 0) -> PreTrainedModel:
+    """The same function with adapters of `size` neurons behind every attention and every MLP (`stages.houlsby`).
+
+    Their first matrix is normal with a standard deviation of 0.02, drawn from `seed`, their second one zero.
+
+    Raises:
+        MistakeError: there is no such class for the architecture.
+    """
+    kind = houlsby.MODELS.get(model.config.model_type)
+    if kind is None:
+        raise MistakeError(
+            f"params.yaml: base.adapter_size is {size}, but {type(model).__name__} has no class with adapters; remove"
+            f" the key, or take a model of one of the types {', '.join(houlsby.MODELS)}"
+        )
+    code = Path(houlsby.__file__).stem
+    found = {"AutoConfig": f"{code}.{kind.config_class.__name__}", "AutoModelForCausalLM": f"{code}.{kind.__name__}"}
+    told = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
+    adapted = kind(kind.config_class(**told | {"adapter_size": size, "auto_map": found})).to(model.dtype)
+    adapted.load_state_dict(model.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weights in adapted.named_parameters():
+            if ".adapter." in name:
+                weights.zero_()
+                if name.endswith("down.weight"):
+                    weights.normal_(std=0.02, generator=generator)
+    return adapted
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -24,7 +24,7 @@ from stages.methods.stage import Settings, Stage, Training
 
 PARAMS = Path("params.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {"base", "merged", "picked"}
+RESERVED = {"base", "merged"}
 PROTECTABLE = ["full", "lora"]  # methods whose change of a weight matrix can be kept off what others read
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -34,7 +34,7 @@ class Base(Settings):
     """The model to start from.
 
     `add_biases` gives it biases of zero for `bitfit` to train, `extra_neurons` neurons of zero in every MLP for
-    `bottleneck`; neither changes what it computes.
+    `bottleneck`, `adapter_size` adapters for `houlsby`; none changes what it computes.
     """
 
     model: str
@@ -42,6 +42,7 @@ class Base(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     add_biases: bool = False
     extra_neurons: int = Field(default=0, ge=0)
+    adapter_size: int = Field(default=0, ge=0)
 
 
 class ReasoningGym(Settings):
@@ -241,8 +242,8 @@ class Warn(Settings):
 class Params(BaseModel):
     """All of params.yaml.
 
-    `launch` starts the training: `python`, or `accelerate launch …` for several processes. `prefix_cache` is how many
-    GB on disk may hold what frozen layers made of a batch; 0 turns it off.
+    `launch` starts the training: `python`, or `accelerate launch …` or `torchrun …` for several processes.
+    `prefix_cache` is how many GB on disk may hold what frozen layers made of a batch; 0 turns it off.
     """
 
     seed: int

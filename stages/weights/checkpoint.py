@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import stages.weights.houlsby  # noqa: F401  # makes its models known to transformers
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json
 from stages.weights.adapter import Adapter, Tensors

@@ -1,5 +1,8 @@
 """Every way to name a base model."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages import base, params
 from stages.errors import MistakeError
 from stages.files import BASE, read_json
+from tests.conftest import PARAMS, make_base
 
 
 def use(model, dtype="float32"):
@@ -64,6 +68,47 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
 def test_a_hub_id_is_passed_on_with_its_revision():
     found = base.locate(params.Base(model="owner/name", revision="abc"))
     assert found == {"pretrained_model_name_or_path": "owner/name", "revision": "abc"}
+
+
+# What a user of the model runs, with no code of Strata to be found.
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 2)
+with torch.no_grad():
+    torch.save(model(torch.arange(1, 20)[None]).logits, "logits")
+"""
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "qwen2", "qwen3"])
+def test_adapters_change_nothing_and_their_code_goes_with_the_weights(workspace, architecture):
+    make_base(architecture)
+    before = AutoModelForCausalLM.from_pretrained(BASE).eval()
+    BASE.rename("model")
+    Path("params.yaml").write_text(PARAMS.replace("dtype: float32", "dtype: float32\n  adapter_size: 12", 1))
+    base.main()
+    with torch.no_grad():
+        truth = before(torch.arange(1, 20)[None]).logits
+        ours = AutoModelForCausalLM.from_pretrained(BASE)
+        assert torch.equal(ours.eval()(torch.arange(1, 20)[None]).logits, truth)
+        for name, weights in ours.named_parameters():
+            if ".adapter." in name:
+                weights.add_(0.1)
+        ours.save_pretrained(BASE)
+        truth = ours(torch.arange(1, 20)[None]).logits
+    assert ours.num_parameters() == before.num_parameters() + 4 * 2 * (2 * 32 * 12 + 32 + 12)
+    environment = os.environ | {"HF_MODULES_CACHE": "modules"}
+    command = [sys.executable, "-I", "-c", PLAIN, str(BASE)]
+    subprocess.run([*command, "trusted"], env=environment, check=True)
+    assert torch.allclose(torch.load("logits"), truth, rtol=0, atol=1e-6)
+    distrusted = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert distrusted.returncode and "trust_remote_code" in distrusted.stderr  # and not a model without its adapters
+
+
+def test_adapters_are_refused_where_there_is_no_class_with_them(workspace):
+    make_base("gpt2")
+    with pytest.raises(MistakeError, match=r"base.adapter_size is 8, but GPT2LMHeadModel has no class with adapters"):
+        base.add_adapters(AutoModelForCausalLM.from_pretrained(BASE), 8)
 
 
 def test_the_default_is_a_real_model_from_a_gguf_file(project):

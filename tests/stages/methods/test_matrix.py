@@ -40,6 +40,7 @@ CASES = {  # name: method, settings of a tiny stage
     "full": ("full", {}),
     "vera": ("vera", {"rank": 64, "lr": 0.1}),
     "bottleneck": ("bottleneck", {"neurons": "4-11"}),
+    "houlsby": ("houlsby", {}),
     "peft": ("peft", {"peft": {"peft_type": "LOHA", "r": 4}}),
 }
 CONVERTED = {"pissa", "olora", "adalora"}  # saved as a plain LoRA, and so equal up to rounding
@@ -72,6 +73,10 @@ ABOUT = {  # case: what is trained, what speaks for it
         "new neurons (`base.extra_neurons: 64`)",
         "adds room and leaves the old weights alone; stages never collide",
     ),
+    "houlsby": (
+        "adapters behind attention and MLP (`base.adapter_size: 64`)",
+        "the classic; the result needs `trust_remote_code`, so rather `bottleneck`",
+    ),
     "peft": (
         "any other adapter of PEFT, here `peft: {peft_type: LOHA}`",
         "you know why; it is tried out on a tiny model first",
@@ -80,6 +85,7 @@ ABOUT = {  # case: what is trained, what speaks for it
 NO_LINEAR = "are no Linear modules"
 NO_BIAS = "has none in these layers"
 REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora", "peft")}
+REFUSED[("houlsby", "gpt2")] = "has no class with adapters"
 REFUSED |= {("bitfit", model): NO_BIAS for model in ("llama-tied", "qwen3")}
 
 
@@ -99,18 +105,26 @@ def publish_stage(stage, model):
         write_json(folder / "stage.json", {"name": "one", "parent": "base"})
 
 
+def make_room(case):
+    """What a method needs of the base."""
+    if case == "bottleneck":
+        base.add_neurons(fresh(), 12).save_pretrained(BASE)
+    if case == "houlsby":
+        base.add_adapters(fresh(), 12).save_pretrained(BASE)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_method(case, model):
     make_base(model)
-    if case == "bottleneck":
-        base.add_neurons(fresh(), 12).save_pretrained(BASE)
     stage = make(case)
     torch.manual_seed(3)
     if (case, model) in REFUSED:
         with pytest.raises(MistakeError, match=REFUSED[case, model]):
+            make_room(case)
             train.put_on(stage, fresh(), torch.float32)
         return
+    make_room(case)
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         untouched = fresh()(ids).logits
@@ -275,6 +289,8 @@ def table():
         model = LlamaForCausalLM(LlamaConfig(**size | (biases if method == "bitfit" else {})))
         if method == "bottleneck":
             model = base.add_neurons(model, 64)
+        if method == "houlsby":
+            model = base.add_adapters(model, 64)
         wrapped = train.put_on(METHODS[method](**keys | given), model, torch.float32)
         count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         marks = ["–" if (case, model) in REFUSED else "yes" for model in MODELS]

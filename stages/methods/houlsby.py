@@ -1,0 +1,39 @@
+"""Adapters behind attention and MLP, as in Houlsby et al. (arXiv 1902.00751), of a base that has room for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from stages.errors import MistakeError
+from stages.layers import exactly
+from stages.methods.stage import Training
+
+if TYPE_CHECKING:
+    from peft import LNTuningConfig
+    from transformers import PreTrainedModel
+
+
+class HoulsbyStage(Training):
+    """The adapters that `base.adapter_size` puts into every layer: all of their weights, and nothing else.
+
+    They are not linear in what they read, so they are no change of the old weights; but they are weights of the base,
+    and what a stage changes of them is a delta like any other.
+    """
+
+    method: Literal["houlsby"]
+
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
+        """Train a copy of each adapter's matrices among `modules`.
+
+        Raises:
+            MistakeError: the base has no adapters.
+        """
+        from peft import LNTuningConfig
+
+        if not getattr(model.config, "adapter_size", 0):
+            raise MistakeError(
+                "params.yaml: method 'houlsby' trains adapters that are added to the base; write base.adapter_size: 64"
+            )
+        return LNTuningConfig(
+            task_type="CAUSAL_LM", target_modules=exactly([path for path in modules if ".adapter." in path])
+        )
