@@ -247,10 +247,10 @@ def reset_early(
 
 
 def floor(base: Checkpoint, model: PreTrainedModel, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
-    """Drift and divergence of the base against itself in float32: what running in bfloat16 alone makes."""
-    exact = _eager(base, torch.float32)
-    pairs = list(zip(watch(exact, texts), seen, strict=True))
-    lens = torch.stack([lens_divergence(exact, model, *pair, first=0) for pair in pairs]).mean(0)
+    """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes."""
+    other = _eager(base, torch.float32 if model.dtype == torch.bfloat16 else torch.bfloat16)
+    pairs = list(zip(seen, watch(other, texts), strict=True))
+    lens = torch.stack([lens_divergence(model, other, *pair, first=0) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
     return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
 

@@ -111,6 +111,18 @@ def test_what_the_parts_of_a_layer_write_is_what_it_adds(architecture):
     assert probe.written([seen])["mlp"][0] == pytest.approx(float(mlp[0, 1:].median()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_floor_is_what_bfloat16_makes_whatever_is_computed_in(dtype):
+    make_base("llama-tied", dtype=dtype)
+    base, _ = open_stages([])
+    model = probe._eager(base)
+    assert model.dtype == dtype
+    found = probe.floor(base, model, TEXTS["off"], probe.watch(model, TEXTS["off"]))
+    assert len(found["drift"]) == len(found["lens"]) == 4
+    assert min(found["drift"]) > 2**-11 and max(found["drift"]) < 2**-5  # bfloat16 has 8 binary digits
+    assert found["kl"] == found["lens"][-1] > 0
+
+
 def test_intervals_hold_the_mean_of_few_texts():
     found = probe.interval(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     assert found == {"mean": [2, 5], "low": [1, 5], "high": [3, 5]}
