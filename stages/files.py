@@ -11,7 +11,7 @@ from typing import Any
 
 CHECKPOINTS = Path("checkpoints")
 BASE = CHECKPOINTS / "base"
-PICKED = CHECKPOINTS / "picked"
+PICKED = Path("picked")
 DATA = Path("data")
 MERGED = Path("merged")
 REPORTS = Path("reports")

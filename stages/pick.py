@@ -1,7 +1,7 @@
 """Name one checkpoint as an input of the merge: `python -m stages.pick NAME`.
 
 DVC cannot make a list of dependencies from params.yaml, so each merged stage leaves a manifest with its
-hash in checkpoints/picked, and the merge depends on that folder.
+hash in picked/, and the merge depends on that folder.
 """
 
 import sys
@@ -12,7 +12,7 @@ from stages.files import CHECKPOINTS, PICKED, read_json, write_json
 
 
 def main(name: str) -> None:
-    """Write checkpoints/picked/NAME.json: the stage and the hashes of its lineage."""
+    """Write picked/NAME.json: the stage and the hashes of its lineage."""
     settings = params.load()
     lineage = [*settings.ancestors(name), name]
     hashes = {stage: read_json(CHECKPOINTS / stage / "stage.json")["sha256"] for stage in ["base", *lineage]}

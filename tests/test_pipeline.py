@@ -75,6 +75,7 @@ def test_run_change_and_go_back(clone):
     assert ran(dvc("repro")) == set()
     assert ran(dvc("exp", "run", "-S", "merge.method=ties")) == after_merge
     assert sha256([Path("merged/model.safetensors")]) != first["merged/model.safetensors"]
+    assert ran(dvc("exp", "run", "-S", "~merge.weights.side")) == after_merge
     output = dvc("exp", "run", "-S", "merge.method=task_arithmetic", "-S", "stages.sums.lr=5e-3")
     changed = {"sums", "words"}  # the stage and its child, and not the branch beside them
     assert ran(output) == {f"{step}@{name}" for step in ("train", "pick") for name in changed} | after_merge | {"score"}
@@ -115,9 +116,7 @@ def test_killed_in_the_middle_repro_ends_with_the_same_bits(clone):
     shutil.rmtree("checkpoints/sums")
     Path("dvc.lock").unlink()
 
-    process = subprocess.Popen(
-        ["dvc", "repro", "train@sums"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(["dvc", "repro", "train@sums"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kill_once_saved(process, 180)
     process.wait()
     assert not weights.exists()
