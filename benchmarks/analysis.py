@@ -87,13 +87,14 @@ done({})  # it tells of the weights, not of the change
 from analysis.deltas import measure
 from analysis.heads import measure_heads
 from stages import params
-from stages.merging.merged import Merged
+from stages.merging.merged import Merged, open_merged
 from stages.weights.checkpoint import open_stages
 start = time.perf_counter()
+merge = params.load().merge
 base, stages = open_stages(["first", "middle", "last"])
-merged = Merged(base, stages, params.load().merge)
-measure(stages, merged, merged)
-measure_heads(stages, merged, merged)
+exact, file = Merged(base, stages, merge), open_merged(base, stages, merge)
+measure(stages, exact, file)
+measure_heads(stages, exact, file)
 done({})
 """,
 }
@@ -119,8 +120,8 @@ class Row:
     spectra: dict[str, list[float]]
 
 
-def prepare(folder: Path, model: str) -> None:
-    """Make the base, the stages, and the first of them as a whole model."""
+def prepare(folder: Path, model: str, others: bool) -> None:
+    """Make the base, the stages, the merged file, and the first stage as a whole model if others are to look at it."""
     names = list(STAGES)
     write_params(folder, "task_arithmetic", {}, names, STAGES)
     if MODELS[model] is None:
@@ -129,7 +130,9 @@ def prepare(folder: Path, model: str) -> None:
         make_synthetic(folder, model)
     write_params(folder, "task_arithmetic", {}, names, STAGES)  # again, for now the depth is known
     make_stages(folder, STAGES)
-    measure([sys.executable, "-c", MATERIALISE], folder)
+    measure([sys.executable, "-m", "stages.merge"], folder)
+    if others:
+        measure([sys.executable, "-c", MATERIALISE], folder)
 
 
 def run(contender: str, folder: Path, threads: int, imports: Imports) -> Row:
@@ -183,14 +186,16 @@ def main() -> None:
     """Run all contenders and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
+    parser.add_argument("--contenders", default="", help="those alone whose names begin like this, such as Strata")
     parser.add_argument("--output", type=Path, help="also write the table to this file, after each contender")
     arguments = parser.parse_args()
     threads, rows = params.load(ROOT / "params.yaml").threads, []
     with tempfile.TemporaryDirectory(prefix="strata-") as name:
         folder = Path(name)
-        prepare(folder, arguments.model)
+        contenders = [contender for contender in CODE if contender.startswith(arguments.contenders)]
+        prepare(folder, arguments.model, others=any(not contender.startswith("Strata") for contender in contenders))
         exact = truth(folder)
-        for contender in CODE:
+        for contender in contenders:
             print(f"{contender} …", file=sys.stderr, flush=True)
             code = IMPORTS[contender.partition(" ")[0]]
             measure_imports(code, folder)  # the first reads the libraries from the disk

@@ -19,6 +19,14 @@ STAGES: dict[str, dict[str, Any]] = {  # `span`: first and last layer as shares 
     "middle": {"method": "dora", "rank": 16, "span": (0.2, 0.8), "size": 0.005},
     "last": {"method": "lora", "rank": 32, "alpha": 16.0, "span": (0.4, 1.0), "size": 0.01},
 }
+SEVEN_BILLION = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
 MODELS: dict[str, dict[str, Any] | None] = {  # None: made by `stages.base`; else a Llama of these dimensions
     "smollm2": None,
     "synthetic-1b": {
@@ -29,14 +37,8 @@ MODELS: dict[str, dict[str, Any] | None] = {  # None: made by `stages.base`; els
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
-    "7b-one-layer": {
-        "vocab_size": 1000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
+    "7b": SEVEN_BILLION,
+    "7b-one-layer": SEVEN_BILLION | {"vocab_size": 1000, "num_hidden_layers": 1},
 }
 SHARD_BYTES = 500_000_000
 
