@@ -129,6 +129,10 @@ class _Tally:
         is_matrix = weight.dim() == 2
         familiar = Familiar(weight) if is_matrix and where[0] != OUTSIDE else None
         size = norm(weight) if deltas else 0.0
+        used = {each: strongest(own[each], factors.get(each)) for each in own} if is_matrix else {}
+        added = {each: found.left for each, found in used.items()}
+        if added:
+            added[MERGED] = torch.cat(list(added.values()), 1)
         for stage, delta in deltas.items():
             exact = whole if stage == MERGED else weight + delta
             file = result if stage == MERGED else exact.to(result.dtype)
@@ -145,10 +149,9 @@ class _Tally:
                     "unchanged": int(torch.count_nonzero(file == rounded_base)),
                     "max_abs": max(float(part.abs().max()) for (part,) in _chunks(delta)),
                     **(_spectrum(delta, factors.get(stage)) if stage != MERGED and is_matrix else {}),
-                    **({"intruders": familiar.intruders(file.float())} if familiar else {}),
+                    **({"intruders": familiar.intruders(file.float(), added[stage])} if familiar else {}),
                 }
             )
-        used = {s: strongest(own[s], factors.get(s)) for s in own} if is_matrix and len(own) > 1 else {}
         for (first, one), (second, other) in itertools.combinations(used.items(), 2):
             overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
             self.pairs.append((*where, first, second, *overlaps))

@@ -15,12 +15,13 @@ import torch
 from stages.weights.adapter import Factors
 
 STRONGEST = 16  # directions of a delta that are compared
-SPARE, REPEATED = 16, 4  # more of them, and repetitions, make the randomised decomposition exact for those
-THOROUGH = 48, 32  # the same where no direction is much stronger than the next
+SPARE = 16  # more of them, and so many repetitions, make the randomised decomposition exact for those
+REPEATED = 4
 LOOKED_AT = 10  # of the changed weights' directions, the number in arXiv 2410.21228
 NEW = 0.5  # largest cosine with an old direction below which one is an intruder, also there
-NEIGHBOURS = 64  # old directions that a first test looks at
+NEIGHBOURS = 32  # old directions that a first test looks at
 MARGIN = 0.1  # what that test may be wrong by
+AGAIN = 4  # steps towards the exact directions where it does not decide
 STEPS = 32  # of the Lanczos process, which decides the rest
 FAINT = 0.01  # strength, beside the strongest, below which an old direction is none
 
@@ -36,13 +37,7 @@ class Directions:
     right: Tensor
 
 
-def strongest(
-    matrix: Tensor,
-    factors: Factors | None = None,
-    count: int = STRONGEST,
-    spare: int = SPARE,
-    repeated: int = REPEATED,
-) -> Directions:
+def strongest(matrix: Tensor, factors: Factors | None = None, count: int = STRONGEST) -> Directions:
     """The `count` strongest directions of a matrix [out, in], or all it has.
 
     They are exact from low-rank factors (two QR decompositions and the SVD of their core), else by randomised
@@ -52,12 +47,12 @@ def strongest(
         (left, above), (right, below) = (torch.linalg.qr(side.double()) for side in (factors[0], factors[1].T))
         u, s, v = torch.svd(above @ below.T)
         u, v = left @ u, right @ v
-    elif count + spare >= min(matrix.shape):
+    elif count + SPARE >= min(matrix.shape):
         u, s, v = torch.svd(matrix.double())
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix.float(), q=count + spare, niter=repeated)
+            u, s, v = torch.svd_lowrank(matrix.float(), q=count + SPARE, niter=REPEATED)
     return Directions(u[:, :count].double(), s[:count].double(), v[:, :count].double())
 
 
@@ -104,27 +99,50 @@ class Familiar:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
 
-    def intruders(self, changed: Tensor) -> int:
+    def intruders(self, changed: Tensor, added: Tensor) -> int:
         """How many of the LOOKED_AT strongest directions of `changed` resemble none of the old (arXiv 2410.21228).
 
-        An intruder's cosine with every left singular vector of the old weights is below NEW. A randomised test
-        against the NEIGHBOURS strongest decides most. Where it cannot, the directions are found more exactly and
-        `largest_share` tells; a full decomposition would take ten times as long.
+        An intruder's cosine with every left singular vector of the old weights is below NEW. The NEIGHBOURS strongest
+        of the old decide most. Where they cannot, the directions are found more exactly and `largest_share` tells; a
+        full decomposition would take ten times as long.
+
+        Args:
+            changed: [out, in].
+            added: directions that the change writes [out, n]; `changed` is looked at among the old ones and these.
         """
-        found = strongest(changed, count=LOOKED_AT).left
-        cosines = (self._neighbours.T @ found).abs()  # [neighbours, found]
+        near = leading(changed, torch.cat([self._neighbours, added], 1), steps=0)
+        cosines = (self._neighbours.T @ near[:, :LOOKED_AT]).abs()  # [neighbours, looked at]
         known = cosines.amax(0) >= NEW + MARGIN
         # What lies outside the neighbours is at most that near to any other direction.
         outside = (1 - cosines.square().sum(0)).clamp(min=0).sqrt()
         new = (cosines.amax(0) < NEW - MARGIN) & (outside < NEW - MARGIN)
         if bool((known | new).all()):
             return int(new.sum())
-        exact = strongest(changed, None, LOOKED_AT, *THOROUGH).left
-        return int((largest_share(self._weight, exact) < NEW**2).sum())
+        exact = leading(changed, near, steps=AGAIN)[:, :LOOKED_AT]
+        open_ = (self._neighbours.T @ exact).abs().amax(0) < NEW + MARGIN
+        return int((largest_share(self._weight, exact[:, open_]) < NEW**2).sum())
 
     @cached_property
     def _neighbours(self) -> Tensor:
         return strongest(self._weight, count=NEIGHBOURS).left
+
+
+def leading(matrix: Tensor, start: Tensor, steps: int) -> Tensor:
+    """Left singular vectors of a matrix, the strongest first, by steps of subspace iteration (Halko et al. 2011).
+
+    Args:
+        matrix: [out, in].
+        start: columns [out, n] whose span holds the wanted directions nearly.
+        steps: each brings the span nearer to the n strongest.
+
+    Returns:
+        float64 [out, n], of which the last ones are the least exact.
+    """
+    matrix, basis = matrix.float(), torch.linalg.qr(start.float()).Q
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    inside = (basis.T @ matrix).double()
+    return basis.double() @ torch.linalg.eigh(inside @ inside.T).eigenvectors.flip(1)
 
 
 def largest_share(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -143,15 +161,15 @@ def largest_share(matrix: Tensor, vectors: Tensor) -> Tensor:
         float64 [n].
     """
     matrix = matrix.float()
-    basis, diagonal, beside = [vectors.float()], [], []
+    basis, diagonal, beside = [vectors.float().T.contiguous()], [], []  # as rows: few columns multiply ten times slower
     for _ in range(STEPS):
-        grown = matrix @ (matrix.T @ basis[-1])
-        diagonal.append((basis[-1] * grown).sum(0))
+        grown = (matrix @ (basis[-1] @ matrix).T).T
+        diagonal.append((basis[-1] * grown).sum(1))
         for _ in range(2):  # rounding leaves something of the earlier vectors the first time
             for earlier in basis:
-                grown -= earlier * (earlier * grown).sum(0)
-        beside.append(grown.norm(dim=0))
-        basis.append(grown / beside[-1].clamp(min=torch.finfo(torch.float32).tiny))
+                grown = grown - earlier * (earlier * grown).sum(1, keepdim=True)
+        beside.append(grown.norm(dim=1))
+        basis.append(grown / beside[-1].clamp(min=torch.finfo(torch.float32).tiny)[:, None])
     above = torch.stack(beside[:-1], 1).diag_embed(1)
     nodes, directions = torch.linalg.eigh((torch.stack(diagonal, 1).diag_embed() + above + above.mT).double())
     seen = nodes > FAINT**2 * nodes.amax(1, keepdim=True)

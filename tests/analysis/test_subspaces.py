@@ -80,7 +80,7 @@ def test_planted_intruders_are_found(shape, planted):
     change = 1e-3 * normal(*shape, seed=9)
     if planted:
         change += spectrum(*shape, [30.0] * planted, seed=50)
-    found = Familiar(weight).intruders(weight + change)
+    found = Familiar(weight).intruders(weight + change, strongest(change).left)
     assert found == dense_intruders(weight, weight + change)
     assert planted - 1 <= found <= planted  # a random direction can by chance be near to an old one
 
@@ -88,8 +88,9 @@ def test_planted_intruders_are_found(shape, planted):
 @pytest.mark.parametrize(("strength", "intruders"), [(0.05, 0), (80.0, 10)])
 def test_where_no_direction_is_much_stronger_than_the_next(strength, intruders):
     weight = normal(300, 200, seed=3)
-    changed = weight + spectrum(300, 200, [strength + i for i in range(10, 0, -1)] if intruders else [strength], seed=7)
-    assert Familiar(weight).intruders(changed) == dense_intruders(weight, changed) == intruders
+    change = spectrum(300, 200, [strength + i for i in range(10, 0, -1)] if intruders else [strength], seed=7)
+    found = Familiar(weight).intruders(weight + change, strongest(change).left)
+    assert found == dense_intruders(weight, weight + change) == intruders
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (400, 300), (300, 400)])
