@@ -38,10 +38,14 @@ def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoi
     after: dict[str, Weights] = {**{stage.name: stage for stage in stages}, MERGED: file}
     adapted = {stage.name: set(stage.adapter.modules) for stage in stages} | {MERGED: exact.adapted()}
     for layer, paths in _layers(base).items():
+        parent = None
         for name in after:
             if not adapted[name] & {paths[part] for part in PARTS}:
                 continue
-            old, new = (_circuits(model, paths, base.skeleton.config) for model in (before[name], after[name]))
+            if parent is not before[name]:  # stages side by side, and the merged file, have the same one
+                parent = before[name]
+                old = _circuits(parent, paths, base.skeleton.config)
+            new = _circuits(after[name], paths, base.skeleton.config)
             (looks, turned), (copies, _) = (_change(*pair) for pair in zip(old, new, strict=True))
             changes = torch.stack([turned if "q_norm" in paths else looks, copies], 1).tolist()
             rows += [(name, layer, head, *change) for head, change in enumerate(changes)]
