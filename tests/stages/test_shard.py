@@ -1,6 +1,5 @@
 """Frozen weights divided between two processes: against one that holds them all."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from stages import train
 from stages.files import CHECKPOINTS
 from stages.surgery import BASES
+from tests.stages.test_loop import LAUNCH, curve_of
 from tests.stages.test_train import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +32,6 @@ def fit(model, stage, sources, seed, accelerator, *args, **kwargs):
 original, train.fit = train.fit, fit
 train.main(sys.argv[1])
 """
-LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "divided.py"]
-
-
-def curve_of(name):
-    return [point["loss"] for point in json.loads(Path(f"reports/train/{name}.curve.json").read_text())]
 
 
 # Pieces of three of eight examples are an odd number, so that one process has nothing to do in the end.
@@ -61,7 +56,9 @@ def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, m
     Path("divided.py").write_text(DIVIDED)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | fsdp
-    done = subprocess.run([sys.executable, *LAUNCH, "sums"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "divided.py", "sums"], env=environment, capture_output=True, text=True
+    )
 
     assert done.returncode == 0, done.stderr
     assert curve_of("sums") == pytest.approx(curve, rel=1e-4)
