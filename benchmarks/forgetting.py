@@ -4,24 +4,15 @@ A first stage learns made-up facts, a second one other facts of the same form on
 `replay`, with `protect`, and with replay and `surgery`. For each: the loss on both sets of facts, in nats per token.
 """
 
-import argparse
 import json
-import os
 import random
-import statistics
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from measuring import ROOT
+from seeds import each_seed, mean_and_each
 
-sys.path.insert(0, str(ROOT))
-
-import torch
-from tqdm import tqdm
-
-from stages import base, params, train
+from stages import params, train
 from stages.files import write_json
 from stages.model import compute_dtype, load_model, load_tokenizer
 from stages.records import load_split
@@ -38,7 +29,7 @@ SECOND: dict[str, dict[str, Any]] = {  # how the second stage is trained
 }
 
 
-def write(folder: Path, seed: int) -> None:
+def write(seed: int) -> None:
     """Write params.yaml (JSON is YAML) and the facts of both stages, which share no name."""
     repository = params.load(ROOT / "params.yaml")
     second = {name: COMMON | {"parent": "first", "dataset": "b"} | keys for name, keys in SECOND.items()}
@@ -52,7 +43,7 @@ def write(folder: Path, seed: int) -> None:
         "merge": {"weights": {"first": 1.0}},
         "evaluate": {},
     }
-    write_json(folder / "params.yaml", content)
+    write_json(Path("params.yaml"), content)
     draw = random.Random(seed)
     syllables = ["ba", "ko", "ri", "mu", "ta", "ze", "lo", "vi", "na", "do", "pe", "shu", "gri", "fal", "tor"]
 
@@ -60,13 +51,14 @@ def write(folder: Path, seed: int) -> None:
         return "".join(draw.choice(syllables) for _ in range(length)).capitalize()
 
     for dataset in "ab":
-        (folder / "data" / dataset).mkdir(parents=True, exist_ok=True)
+        folder = Path("data") / dataset
+        folder.mkdir(parents=True, exist_ok=True)
         facts = [
             {"prompt": f"The capital of the land of {name(3)} is", "completion": f" {name(2)}"} for _ in range(FACTS)
         ]
         for part in ("train", "eval", "tune"):
             text = "".join(json.dumps(fact) + "\n" for fact in facts)
-            (folder / "data" / dataset / f"{part}.jsonl").write_text(text)
+            (folder / f"{part}.jsonl").write_text(text)
 
 
 def losses(name: str) -> dict[str, float]:
@@ -78,32 +70,21 @@ def losses(name: str) -> dict[str, float]:
 
 def main() -> None:
     """Train every variant for every seed and print a table: one cell per seed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    output = arguments.output.resolve() if arguments.output else None
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("first", *SECOND)}
-    with tempfile.TemporaryDirectory(prefix="strata-") as folder:
-        os.chdir(folder)
-        for seed in tqdm(range(arguments.seeds), desc="seeds"):
-            write(Path(), seed)
-            if not Path("checkpoints/base").exists():
-                base.main()
-            for name in found:
-                train.main(name)
-                found[name].append(losses(name))
-    lines = ["| second stage | loss on the first's facts | loss on its own facts |", "|---|--:|--:|"]
-    for name, cells in found.items():
-        shown = [
-            f"{statistics.mean(cell[d] for cell in cells):.3f} ({', '.join(f'{cell[d]:.3f}' for cell in cells)})"
-            for d in "ab"
-        ]
-        lines.append(f"| {'(none yet)' if name == 'first' else name} | {' | '.join(shown)} |")
-    text = "\n".join(lines)
-    print(f"torch {torch.__version__}; mean (each seed)\n\n{text}")
-    if output:
-        output.write_text(text + "\n")
+
+    def run() -> None:
+        for name, cells in found.items():
+            train.main(name)
+            cells.append(losses(name))
+
+    def table() -> str:
+        lines = ["| second stage | loss on the first's facts | loss on its own facts |", "|---|--:|--:|"]
+        for name, cells in found.items():
+            shown = " | ".join(mean_and_each([cell[dataset] for cell in cells], 3) for dataset in "ab")
+            lines.append(f"| {'(none yet)' if name == 'first' else name} | {shown} |")
+        return "\n".join(lines)
+
+    each_seed(__doc__, write, run, table)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,15 @@ tokens that the reference chooses (`selections`), and, as the best that a choice
 each: loss and accuracy on sums that none has seen.
 """
 
-import argparse
 import json
-import os
 import random
-import statistics
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from measuring import ROOT
+from seeds import each_seed, mean_and_each
 
-sys.path.insert(0, str(ROOT))
-
-import torch
-from tqdm import tqdm
-
-from stages import base, params, select, train
+from stages import params, select, train
 from stages.files import write_json
 from stages.model import compute_dtype, load_model, load_tokenizer
 from stages.records import load_split
@@ -71,36 +62,26 @@ def write(seed: int) -> None:
 
 def main() -> None:
     """Train all stages for every seed and print a table: one number per seed in brackets."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    output = arguments.output.resolve() if arguments.output else None
     found: dict[str, list[dict[str, float]]] = {name: [] for name in STAGES.values()}
-    with tempfile.TemporaryDirectory(prefix="strata-") as folder:
-        os.chdir(folder)
-        for seed in tqdm(range(arguments.seeds), desc="seeds"):
-            write(seed)
-            if not Path("checkpoints/base").exists():
-                base.main()
-            for name, cells in found.items():
-                if name == "chosen":
-                    select.main("chosen")
-                train.main(name)
-                _, (stage,) = open_stages([name])
-                asked = list(load_split("mixed", "eval"))
-                model = load_model(stage, compute_dtype())
-                cells.append(score(model, load_tokenizer(), asked, params.load().evaluate))
-    lines = ["| learned from | loss | right answers |", "|---|--:|--:|"]
-    for label, name in STAGES.items():
-        loss = ", ".join(f"{cell['loss']:.2f}" for cell in found[name])
-        right = ", ".join(f"{100 * cell['accuracy']:.0f}" for cell in found[name])
-        means = [statistics.mean(cell[key] for cell in found[name]) for key in ("loss", "accuracy")]
-        lines.append(f"| {label} | {means[0]:.2f} ({loss}) | {100 * means[1]:.0f} % ({right}) |")
-    text = "\n".join(lines)
-    print(f"torch {torch.__version__}; mean (each seed)\n\n{text}")
-    if output:
-        output.write_text(text + "\n")
+
+    def run() -> None:
+        for name, cells in found.items():
+            if name == "chosen":
+                select.main(name)
+            train.main(name)
+            _, (stage,) = open_stages([name])
+            model, asked = load_model(stage, compute_dtype()), list(load_split("mixed", "eval"))
+            cells.append(score(model, load_tokenizer(), asked, params.load().evaluate))
+
+    def table() -> str:
+        lines = ["| learned from | loss | right answers, % |", "|---|--:|--:|"]
+        for label, name in STAGES.items():
+            loss = mean_and_each([cell["loss"] for cell in found[name]], 2)
+            right = mean_and_each([100 * cell["accuracy"] for cell in found[name]], 0)
+            lines.append(f"| {label} | {loss} | {right} |")
+        return "\n".join(lines)
+
+    each_seed(__doc__, write, run, table)
 
 
 if __name__ == "__main__":
