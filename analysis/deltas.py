@@ -18,7 +18,7 @@ from analysis.spectra import effective_rank, singular_values
 from analysis.subspaces import Familiar, interference, overlap, strongest
 from stages.layers import OUTSIDE, layer_stack, place
 from stages.merging.merged import Merged
-from stages.weights.adapter import Factors
+from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 MERGED = "merged"
@@ -43,7 +43,7 @@ class Measured:
             Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
             whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
             `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most; for
-            matrices of layers, the merged file's too, how many `intruders` the changed weights have.
+            matrices of layers, the merge's too, how many `intruders` the changed weights have.
         conflicts: one row per tensor that several merged stages change: layer, stages (their names), what
             `sign_conflict` returns, and of matrices what `interference` does.
         pairs: one row per matrix and two stages that change it: layer, module, their names, and how far the subspaces
@@ -78,12 +78,14 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     stack = layer_stack(base.skeleton)
     tally = _Tally([*(stage.name for stage in stages), MERGED], set(exact.merge.weights))
     for path, parameters in exact.modules.items():
-        deltas = {stage.name: stage.delta(path) for stage in stages if path in stage.adapter.modules}
+        adapted = [stage for stage in stages if path in stage.adapter.modules]
+        factors = {stage.name: stage.adapter.factors(path) for stage in adapted}
+        deltas = {stage.name: _delta(stage, path, factors[stage.name]) for stage in adapted}
         whole = exact.module(path)
-        factors = {stage.name: stage.adapter.factors(path) for stage in stages if path in stage.adapter.modules}
         for parameter in parameters:
             name = f"{path}.{parameter}"
-            own = {stage: delta[parameter] for stage, delta in deltas.items() if bool(delta[parameter].any())}
+            found = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
+            own = {stage: delta for stage, delta in found.items() if bool(delta.any())}
             where = place(path, stack)
             tally.add(name, where, base.stored(name), file.stored(name), own, whole[parameter], factors)
     return Measured(
@@ -97,6 +99,11 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         untouched=len(tally.untouched),
         untouched_max=max(tally.untouched, default=0.0),
     )
+
+
+def _delta(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tensors:
+    """What a stage changes in a module: the product of its factors, else the difference to its parent's weights."""
+    return stage.delta(path) if factors is None else {"weight": factors[0] @ factors[1]}
 
 
 class _Tally:
@@ -121,21 +128,25 @@ class _Tally:
         factors: dict[str, Factors | None],
     ) -> None:
         """Take in one tensor: of the base, of the merged file, the deltas of its stages, and the exact merge."""
-        weight, rounded_base, deltas = stored.float(), stored.to(result.dtype), dict(own)
-        if self.listed & own.keys():
-            deltas[MERGED] = result.float() - weight
-        else:
-            self.untouched.append(_distance(result, rounded_base))
-        is_matrix = weight.dim() == 2
+        meeting = [stage for stage in own if stage in self.listed]
+        if not meeting:
+            self.untouched.append(_distance(result, stored.to(result.dtype)))
+        if not own:
+            return
+        weight = stored.float()
+        deltas = {**own, MERGED: result.float() - weight} if meeting else own
+        here = [self.names.index(stage) for stage in deltas]
+        gram = inner_products(list(deltas.values()))
+        self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))[np.ix_(here, here)] += gram
+        is_matrix, size = weight.dim() == 2, norm(weight)
         familiar = Familiar(weight) if is_matrix and where[0] != OUTSIDE else None
-        size = norm(weight) if deltas else 0.0
         used = {each: strongest(own[each], factors.get(each)) for each in own} if is_matrix else {}
         added = {each: found.left for each, found in used.items()}
         if added:
             added[MERGED] = torch.cat(list(added.values()), 1)
-        for stage, delta in deltas.items():
-            exact = whole if stage == MERGED else weight + delta
-            file = result if stage == MERGED else exact.to(result.dtype)
+        for (stage, delta), square in zip(deltas.items(), np.diag(gram), strict=True):
+            changed = whole if stage == MERGED else weight + delta
+            file = result if stage == MERGED else changed.to(result.dtype)
             self.rows.append(
                 {
                     "stage": stage,
@@ -144,26 +155,21 @@ class _Tally:
                     "parameter": name.rpartition(".")[2],
                     "entries": weight.numel(),
                     "weight": size,
-                    "delta": norm(delta),
-                    "error": sum(norm(there.float() - here) ** 2 for here, there in _chunks(exact, file)) ** 0.5,
-                    "unchanged": int(torch.count_nonzero(file == rounded_base)),
+                    "delta": square**0.5,
+                    **_rounding(weight, changed, file),
                     "max_abs": max(float(part.abs().max()) for (part,) in _chunks(delta)),
                     **(_spectrum(delta, factors.get(stage)) if stage != MERGED and is_matrix else {}),
-                    **({"intruders": familiar.intruders(file.float(), added[stage])} if familiar else {}),
+                    **({"intruders": familiar.intruders(changed, added[stage])} if familiar else {}),
                 }
             )
         for (first, one), (second, other) in itertools.combinations(used.items(), 2):
             overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
             self.pairs.append((*where, first, second, *overlaps))
-        if len(meeting := [stage for stage in own if stage in self.listed]) > 1:
+        if len(meeting) > 1:
             found = sign_conflict([own[stage] for stage in meeting])
             if used:
                 found |= dict(zip(INTERFERENCE, interference([used[stage] for stage in meeting]), strict=True))
             self.conflicts.append({"layer": where[0], "stages": ", ".join(meeting), **found})
-        if deltas:
-            here = [self.names.index(stage) for stage in deltas]
-            gram = self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))
-            gram[np.ix_(here, here)] += inner_products(list(deltas.values()))
 
 
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:
@@ -185,20 +191,17 @@ def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
         size: Σ|Δ|₁ over the deltas, and |ΣΔ|₁, what is left of it when they are `summed`.
         summed_by_chance: the latter for unrelated normal deltas of the same sizes, whose squares add.
     """
-    sizes = torch.zeros(len(deltas), dtype=torch.float64)
-    entries = disagreeing = 0
-    summed = 0.0
+    sizes, summed = torch.zeros(len(deltas), dtype=torch.float64), 0.0
+    entries = agreeing = 0
     for parts in _chunks(*deltas):
         stacked = torch.stack(parts)
-        signs = stacked.sign()
-        changed = (signs != 0).all(0)
-        entries += int(torch.count_nonzero(changed))
-        disagreeing += int(torch.count_nonzero(changed & (signs.sum(0).abs() < len(deltas))))
-        sizes += stacked.abs().sum(1, dtype=torch.float64)
-        summed += float(stacked.sum(0).abs().sum(dtype=torch.float64))
+        entries += int(torch.count_nonzero((stacked != 0).all(0)))
+        agreeing += int(torch.count_nonzero(stacked.sign().sum(0).abs() == len(deltas)))
+        sizes += stacked.abs().sum(1)
+        summed += float(stacked.sum(0).abs().sum())
     return {
         "entries": entries,
-        "disagreeing": disagreeing,
+        "disagreeing": entries - agreeing,
         "size": float(sizes.sum()),
         "summed": summed,
         "summed_by_chance": float(sizes.square().sum().sqrt()),
@@ -312,6 +315,15 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
     text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
     checks.append((MERGED, text, measured.untouched_max))
     return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
+
+
+def _rounding(weight: torch.Tensor, changed: torch.Tensor, file: torch.Tensor) -> dict[str, float]:
+    """What the file's dtype loses of changed weights: ‖file − changed‖, and the entries that are still the base's."""
+    error, unchanged = 0.0, 0
+    for before, exact, kept in _chunks(weight, changed, file):
+        error += float((kept.float() - exact).square().sum())
+        unchanged += int(torch.count_nonzero(kept == before.to(kept.dtype)))
+    return {"error": error**0.5, "unchanged": unchanged}
 
 
 def _spectrum(delta: torch.Tensor, factors: Factors | None) -> dict[str, float]:

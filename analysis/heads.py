@@ -21,7 +21,7 @@ PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 COLUMNS = ["stage", "layer", "head", "qk", "ov"]
 
 Tensor = torch.Tensor
-Circuit = tuple[Tensor, Tensor]  # left [heads, width, d] and right [heads, d, width] of the product
+Circuit = tuple[Tensor, Tensor]  # L [heads, d, width] and R [key heads, d, width] of M = LᵀR, which query heads share
 
 
 def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | Merged) -> pd.DataFrame:
@@ -63,24 +63,31 @@ def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
 
 
 def _circuits(model: Weights, paths: dict[str, str], config: Any) -> tuple[Circuit, Circuit]:
-    """QK and OV of all heads of a layer, as left and right factors."""
-    q, k, v, o = (model.module(paths[part])["weight"].double() for part in PARTS)
-    heads = config.num_attention_heads
-    size = len(q) // heads
-    shared = heads // (len(k) // size)  # query heads to one of keys and values
-    q, k, v = (each.unflatten(0, (-1, size)) for each in (q, k, v))
-    k, v = (each[:, None].expand(-1, shared, -1, -1).flatten(0, 1) for each in (k, v))
-    return (q.mT, k), (o.unflatten(1, (heads, size)).movedim(1, 0), v)
+    """QK and OV of all heads of a layer."""
+    q, k, v, o = (model.module(paths[part])["weight"] for part in PARTS)
+    size = len(q) // config.num_attention_heads
+    q, k, v, o = (each.unflatten(0, (-1, size)) for each in (q, k, v, o.T))
+    return (q, k), (o, v)
 
 
 def _change(before: Circuit, after: Circuit) -> tuple[Tensor, Tensor]:
-    """‖M'−M‖/‖M‖ and √(1−cos²) of the products M, by head; exact, from Gram matrices [d, d]."""
-    old, new, both = (_inner(*pair) for pair in ((before, before), (after, after), (before, after)))
-    relative = ((old + new - 2 * both).clamp(min=0) / old).sqrt()
-    turned = (1 - both.square() / (old * new)).clamp(min=0).sqrt()
-    return relative, turned
+    """‖D‖/‖M‖, D = M'−M, and √(1−cos²) of M and M', by head.
+
+    From Gram matrices [d, d] of the factors and of their changes, D = δLᵀR' + LᵀδR: a difference of the norms of M and
+    M' would lose all digits of a small change.
+    """
+    (a, b, c), (e, f, g) = (_grams(old, new) for old, new in zip(before, after, strict=True))
+    shared = len(a) // len(e)  # query heads to one of keys and values
+    e, f, g = (each.repeat_interleave(shared, 0) for each in (e, f, g))
+    size = (a * e).sum((1, 2))
+    along = (b * (e + f)).sum((1, 2)) + (a * f).sum((1, 2))  # ⟨M, D⟩
+    moved = (c * (e + f + f.mT + g) + 2 * b.mT * (f + g) + a * g).sum((1, 2))  # ‖D‖²
+    turned = (size * moved - along.square()) / (size * (size + 2 * along + moved))
+    return (moved.clamp(min=0) / size).sqrt(), turned.clamp(min=0).sqrt()
 
 
-def _inner(first: Circuit, second: Circuit) -> Tensor:
-    """⟨LR, L'R'⟩ = tr((LᵀL')(R'Rᵀ)), by head."""
-    return ((first[0].mT @ second[0]) * (second[1] @ first[1].mT).mT).sum((1, 2))
+def _grams(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """XXᵀ, XδXᵀ and δXδXᵀ of one factor X [heads, d, width] and its change δX; float64 [heads, d, d]."""
+    change = after - before
+    x, y = before.mT, change.mT
+    return (before @ x).double(), (before @ y).double(), (change @ y).double()

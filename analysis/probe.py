@@ -106,7 +106,8 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[Seen]:
     """Run a model with eager attention on texts, all at once: what is filled in stands after them, where none looks."""
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
     with _sizes_of_outputs(model) as sizes:
-        output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
+        # Without the output layer, whose logits nobody looks at here.
+        output = model.base_model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     hidden, attention = (torch.stack(each).float().cpu() for each in (output.hidden_states, output.attentions))
     incoming = hidden[:-1].norm(dim=-1)
     written = {name: torch.stack(each).cpu() / incoming for name, each in sizes.items()}  # [layers, texts, tokens]

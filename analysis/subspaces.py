@@ -119,8 +119,8 @@ class Familiar:
         if bool((known | new).all()):
             return int(new.sum())
         exact = leading(changed, near, steps=AGAIN)[:, :LOOKED_AT]
-        open_ = (self._neighbours.T @ exact).abs().amax(0) < NEW + MARGIN
-        return int((largest_share(self._weight, exact[:, open_]) < NEW**2).sum())
+        undecided = (self._neighbours.T @ exact).abs().amax(0) < NEW + MARGIN
+        return int((largest_share(self._weight, exact[:, undecided]) < NEW**2).sum())
 
     @cached_property
     def _neighbours(self) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from analysis.heads import measure_heads
+from analysis.heads import _change, measure_heads
 from stages.files import BASE
 from stages.merging.merged import Merged
 from stages.params import Merge
@@ -60,3 +60,17 @@ def test_where_queries_are_normalised_their_scale_does_not_count():
 def test_fused_attention_and_stages_elsewhere_have_no_rows():
     assert not len(made("gpt2", one=("lora", "1"))[3])
     assert not len(made("llama-tied", one=("lora", {"mlp": "all"}))[3])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_changes_of_any_size_keep_their_digits(size):
+    generator = torch.Generator().manual_seed(0)
+    before, change = ([torch.randn(heads, 8, 64, generator=generator) for heads in (4, 2)] for _ in range(2))
+    after = [old + size * new for old, new in zip(before, change, strict=True)]
+    (q, k), (new_q, new_k) = ([each.double().numpy() for each in pair] for pair in (before, after))
+    found = [values.numpy() for values in _change(tuple(before), tuple(after))]
+    for head in range(4):
+        old, new = q[head].T @ k[head // 2], new_q[head].T @ new_k[head // 2]
+        away = new - (old * new).sum() / (old * old).sum() * old
+        expected = np.linalg.norm(new - old) / np.linalg.norm(old), np.linalg.norm(away) / np.linalg.norm(new)
+        assert [values[head] for values in found] == pytest.approx(expected, rel=1e-5)
