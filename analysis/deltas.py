@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from analysis.spectra import effective_rank, singular_values
-from analysis.subspaces import Familiar, interference, overlap, strongest
+from analysis.subspaces import Directions, Familiar, interference, overlap, strongest
 from stages.layers import OUTSIDE, layer_stack, place
 from stages.merging.merged import Merged
 from stages.weights.adapter import Factors, Tensors
@@ -83,11 +83,11 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         deltas = {stage.name: _delta(stage, path, factors[stage.name]) for stage in adapted}
         whole = exact.module(path)
         for parameter in parameters:
-            name = f"{path}.{parameter}"
             found = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
             own = {stage: delta for stage, delta in found.items() if bool(delta.any())}
-            where = place(path, stack)
-            tally.add(name, where, base.stored(name), file.stored(name), own, whole[parameter], factors)
+            here, name = place(path, stack), f"{path}.{parameter}"
+            stored = base.stored(name), file.stored(name), whole[parameter]
+            tally.add(_Tensor(*here, parameter, *stored, own, factors))
     return Measured(
         names=tally.names,
         rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
@@ -106,6 +106,20 @@ def _delta(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tens
     return stage.delta(path) if factors is None else {"weight": factors[0] @ factors[1]}
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor: as base and merged file store it, of the exact merge, and its deltas and their factors by stage."""
+
+    layer: int
+    module: str
+    parameter: str
+    stored: torch.Tensor
+    file: torch.Tensor
+    exact: torch.Tensor
+    own: dict[str, torch.Tensor]
+    factors: dict[str, Factors | None]
+
+
 class _Tally:
     """What `measure` has seen so far."""
 
@@ -117,59 +131,56 @@ class _Tally:
         self.grams: dict[int, Matrix] = {}
         self.untouched: list[float] = []
 
-    def add(
-        self,
-        name: str,
-        where: tuple[int, str],
-        stored: torch.Tensor,
-        result: torch.Tensor,
-        own: dict[str, torch.Tensor],
-        whole: torch.Tensor,
-        factors: dict[str, Factors | None],
-    ) -> None:
-        """Take in one tensor: of the base, of the merged file, the deltas of its stages, and the exact merge."""
-        meeting = [stage for stage in own if stage in self.listed]
+    def add(self, tensor: _Tensor) -> None:
+        """Take in one tensor."""
+        meeting = [stage for stage in tensor.own if stage in self.listed]
         if not meeting:
-            self.untouched.append(_distance(result, stored.to(result.dtype)))
-        if not own:
+            self.untouched.append(_distance(tensor.file, tensor.stored.to(tensor.file.dtype)))
+        if not tensor.own:
             return
-        weight = stored.float()
-        deltas = {**own, MERGED: result.float() - weight} if meeting else own
+        weight = tensor.stored.float()
+        deltas = {**tensor.own, **({MERGED: tensor.file.float() - weight} if meeting else {})}
+        used: dict[str, Directions] = {}
+        if weight.dim() == 2:
+            used = {stage: strongest(delta, tensor.factors.get(stage)) for stage, delta in tensor.own.items()}
+        self._compare(tensor, weight, deltas, used)
+        self._relate(tensor, meeting, used)
+
+    def _compare(
+        self, tensor: _Tensor, weight: torch.Tensor, deltas: dict[str, torch.Tensor], used: dict[str, Directions]
+    ) -> None:
+        """Rows of all deltas, and their inner products."""
         here = [self.names.index(stage) for stage in deltas]
         gram = inner_products(list(deltas.values()))
-        self.grams.setdefault(where[0], np.zeros((len(self.names), len(self.names))))[np.ix_(here, here)] += gram
-        is_matrix, size = weight.dim() == 2, norm(weight)
-        familiar = Familiar(weight) if is_matrix and where[0] != OUTSIDE else None
-        used = {each: strongest(own[each], factors.get(each)) for each in own} if is_matrix else {}
-        added = {each: found.left for each, found in used.items()}
-        if added:
+        self.grams.setdefault(tensor.layer, np.zeros((len(self.names), len(self.names))))[np.ix_(here, here)] += gram
+        size = norm(weight)
+        added = {stage: found.left for stage, found in used.items()}
+        if used:
             added[MERGED] = torch.cat(list(added.values()), 1)
+        familiar = Familiar(weight) if used and tensor.layer != OUTSIDE else None
         for (stage, delta), square in zip(deltas.items(), np.diag(gram), strict=True):
-            changed = whole if stage == MERGED else weight + delta
-            file = result if stage == MERGED else changed.to(result.dtype)
-            self.rows.append(
-                {
-                    "stage": stage,
-                    "layer": where[0],
-                    "module": where[1],
-                    "parameter": name.rpartition(".")[2],
-                    "entries": weight.numel(),
-                    "weight": size,
-                    "delta": square**0.5,
-                    **_rounding(weight, changed, file),
-                    "max_abs": max(float(part.abs().max()) for (part,) in _chunks(delta)),
-                    **(_spectrum(delta, factors.get(stage)) if stage != MERGED and is_matrix else {}),
-                    **({"intruders": familiar.intruders(changed, added[stage])} if familiar else {}),
-                }
-            )
+            changed = tensor.exact if stage == MERGED else weight + delta
+            file = tensor.file if stage == MERGED else changed.to(tensor.file.dtype)
+            row = {"stage": stage, "layer": tensor.layer, "module": tensor.module, "parameter": tensor.parameter}
+            row |= {"entries": weight.numel(), "weight": size, "delta": square**0.5}
+            row |= _rounding(weight, changed, file)
+            row["max_abs"] = max(float(part.abs().max()) for (part,) in _chunks(delta))
+            if stage in used:
+                row |= _spectrum(delta, tensor.factors.get(stage))
+            if familiar:
+                row["intruders"] = familiar.intruders(changed, added[stage])
+            self.rows.append(row)
+
+    def _relate(self, tensor: _Tensor, meeting: list[str], used: dict[str, Directions]) -> None:
+        """Overlaps of every two stages, and the conflict of those that meet in the merge."""
         for (first, one), (second, other) in itertools.combinations(used.items(), 2):
             overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
-            self.pairs.append((*where, first, second, *overlaps))
+            self.pairs.append((tensor.layer, tensor.module, first, second, *overlaps))
         if len(meeting) > 1:
-            found = sign_conflict([own[stage] for stage in meeting])
+            found = sign_conflict([tensor.own[stage] for stage in meeting])
             if used:
                 found |= dict(zip(INTERFERENCE, interference([used[stage] for stage in meeting]), strict=True))
-            self.conflicts.append({"layer": where[0], "stages": ", ".join(meeting), **found})
+            self.conflicts.append({"layer": tensor.layer, "stages": ", ".join(meeting), **found})
 
 
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ PROBES = Path(__file__).with_name("probes.jsonl")
 ON_DOMAIN = 5  # records of each eval split
 LONGEST = 64  # tokens of a text
 LENS = 4  # positions of a text that the output layer looks at
+LENS_FROM = {"on": -1, "off": 0}  # after which layer it begins to
 EARLY = 3  # the first of so many parts of the layers is reset
 GROUPS = 3  # of a stage's layers, each of which is taken away
 ABLATED = 8  # records of each eval split that an ablation is measured on
@@ -55,11 +56,14 @@ class Seen:
         attention: where each token looks, float32 [layers, heads, tokens, tokens]; rows sum to 1.
         written: what each part of a layer, such as its MLP, adds to the hidden states, over the size of those that come
             into the layer, by name; float32 [layers, tokens].
+        lens: log-probabilities of the next token if a layer were the last, at LENS positions; float32 [lens layers,
+            positions, vocabulary], on the model's device.
     """
 
     hidden: torch.Tensor
     attention: torch.Tensor
     written: dict[str, torch.Tensor]
+    lens: torch.Tensor
 
 
 def main() -> None:
@@ -74,17 +78,17 @@ def main() -> None:
     trained = {name: sorted({layer for each in lineage for layer in own[each]}) for name, lineage in lineages.items()}
     texts = read_texts(settings)
     model = _eager(base)
-    before = {domain: watch(model, each) for domain, each in texts.items()}
+    before = {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
     result: dict[str, Any] = {
         "layers": model.config.num_hidden_layers,
-        "floor": floor(base, model, texts["off"][:NULL], before["off"][:NULL]),
+        "floor": floor(base, model.dtype, texts["off"][:NULL], before["off"][:NULL]),
         "base": {"attention": attention_of(before["off"]), "written": written(before["off"])},
         "checkpoints": {},
     }
     for checkpoint in tqdm([*stages, merged], desc="probe", unit="checkpoint", dynamic_ncols=True):
         result["checkpoints"][checkpoint.name] = {
             "trained": trained[checkpoint.name],
-            **probe(checkpoint, base, model, texts, before),
+            **probe(checkpoint, base, texts, before),
         }
     result["ablation"] = [row for stage in listed for row in ablate(stage, own[stage.name], settings)]
     write_json(REPORTS / "probe.json", _rounded(result))
@@ -102,8 +106,11 @@ def read_texts(settings: params.Params) -> dict[str, list[torch.Tensor]]:
 
 
 @torch.inference_mode()
-def watch(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[Seen]:
-    """Run a model with eager attention on texts, all at once: what is filled in stands after them, where none looks."""
+def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) -> list[Seen]:
+    """Run a model with eager attention on texts, all at once: what is filled in stands after them, where none looks.
+
+    The logit lens looks at the layers from `first` on.
+    """
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
     with _sizes_of_outputs(model) as sizes:
         # Without the output layer, whose logits nobody looks at here.
@@ -112,7 +119,12 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[Seen]:
     incoming = hidden[:-1].norm(dim=-1)
     written = {name: torch.stack(each).cpu() / incoming for name, each in sizes.items()}  # [layers, texts, tokens]
     return [
-        Seen(hidden[:, row, :end], attention[:, row, :, :end, :end], {n: w[:, row, :end] for n, w in written.items()})
+        Seen(
+            hidden[:, row, :end],
+            attention[:, row, :, :end, :end],
+            {name: sizes[:, row, :end] for name, sizes in written.items()},
+            _lens(model, hidden[1:, row, :end][first:]),
+        )
         for row, end in enumerate(map(len, texts))
     ]
 
@@ -141,28 +153,26 @@ def _sizes_of_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.T
 def probe(
     checkpoint: Weights,
     origin: Checkpoint,
-    base: PreTrainedModel,
     texts: dict[str, list[torch.Tensor]],
     before: dict[str, list[Seen]],
 ) -> dict[str, Any]:
-    """Everything that is compared between a checkpoint and the base, as weights and as a model."""
+    """Everything that is compared between a checkpoint and the base, which saw `before`."""
     model = _eager(checkpoint)
-    after = {domain: watch(model, each) for domain, each in texts.items()}
+    after = {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
     pairs = {domain: list(zip(before[domain], seen, strict=True)) for domain, seen in after.items()}
-    lens = torch.stack([lens_divergence(base, model, *pair, first=0) for pair in pairs["off"]])  # [texts, layers]
-    divergences = {
-        "on": torch.stack([lens_divergence(base, model, *pair)[-1] for pair in pairs["on"]]),
-        "off": lens[:, -1],
-    }
+    lens = {domain: torch.stack([lens_divergence(*pair) for pair in each]) for domain, each in pairs.items()}
     result: dict[str, Any] = {
-        domain: {"drift": interval(torch.stack([drift(*pair) for pair in pairs[domain]])), "kl": interval(found)}
-        for domain, found in divergences.items()
+        domain: {
+            "drift": interval(torch.stack([drift(*pair) for pair in pairs[domain]])),
+            "kl": interval(found[:, -1]),
+        }
+        for domain, found in lens.items()  # [texts, lens layers]
     }
     shift = torch.stack([attention_divergence(*pair) for pair in pairs["off"]]).mean(0)
     result["attention"] = attention_of(after["off"]) | {"divergence": shift.tolist()}
     result["written"] = written(after["off"])
-    early = reset_early(origin, base, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
-    return result | {"lens": lens.mean(0).tolist(), "early": early}
+    early = reset_early(origin, model, texts["off"], before["off"], result["off"]["kl"]["mean"])
+    return result | {"lens": lens["off"].mean(0).tolist(), "early": early}
 
 
 def drift(before: Seen, after: Seen) -> Layered:
@@ -171,23 +181,17 @@ def drift(before: Seen, after: Seen) -> Layered:
     return ((new - old).norm(dim=-1) / old.norm(dim=-1)).median(dim=1).values
 
 
-@torch.inference_mode()
-def lens_divergence(
-    base: PreTrainedModel, model: PreTrainedModel, before: Seen, after: Seen, first: int = -1
-) -> Layered:
-    """KL(base ‖ model) in nats of the next token, if each layer from `first` on were the last; over LENS positions."""
-    tokens = before.hidden.shape[1]
-    places = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
-    log_p, log_q = (
-        _lens(each, seen.hidden[1:][first:, places]) for each, seen in ((base, before), (model, after))
-    )  # [layers, positions, vocabulary]
+def lens_divergence(before: Seen, after: Seen) -> Layered:
+    """KL(base ‖ model) in nats of the next token, if a layer were the last: for all that `after` has a lens of."""
+    log_p, log_q = before.lens[-len(after.lens) :], after.lens
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).cpu()
 
 
 def _lens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token; the last hidden state has been normalised already."""
-    head: Any = model.get_output_embeddings()
-    hidden = hidden.to(head.weight)
+    """What the output layer makes of hidden states [lens layers, tokens, width], of which the last are normalised."""
+    tokens, head = hidden.shape[1], cast(nn.Linear, model.get_output_embeddings())
+    places = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
+    hidden = hidden[:, places].to(head.weight)
     normed = torch.cat([final_norm(model)(hidden[:-1]), hidden[-1:]])
     return head(normed).float().log_softmax(-1)
 
@@ -230,7 +234,6 @@ def _x_log2(values: torch.Tensor) -> torch.Tensor:
 
 def reset_early(
     origin: Checkpoint,
-    base: PreTrainedModel,
     model: PreTrainedModel,
     texts: list[torch.Tensor],
     before: list[Seen],
@@ -244,15 +247,18 @@ def reset_early(
     count = model.config.num_hidden_layers // EARLY
     set_weights(model, origin, [path for path in origin.modules if 0 <= place(path, stack)[0] < count])
     pairs = zip(before, watch(model, texts), strict=True)
-    left = np.mean([float(lens_divergence(base, model, *pair)) for pair in pairs])
+    left = np.mean([float(lens_divergence(*pair)) for pair in pairs])
     return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}
 
 
-def floor(base: Checkpoint, model: PreTrainedModel, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
-    """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes."""
-    other = _eager(base, torch.float32 if model.dtype == torch.bfloat16 else torch.bfloat16)
-    pairs = list(zip(seen, watch(other, texts), strict=True))
-    lens = torch.stack([lens_divergence(model, other, *pair, first=0) for pair in pairs]).mean(0)
+def floor(base: Checkpoint, dtype: torch.dtype, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
+    """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
+
+    `seen` is what it made of the texts in `dtype`.
+    """
+    other = _eager(base, torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    pairs = list(zip(seen, watch(other, texts, LENS_FROM["off"]), strict=True))
+    lens = torch.stack([lens_divergence(*pair) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
     return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
 

@@ -31,8 +31,8 @@ def probed(**stages):
         make_stage(name, fresh(), "full", layers)
     base, opened = open_stages(list(stages))
     model = probe._eager(base)
-    before = {domain: probe.watch(model, each) for domain, each in TEXTS.items()}
-    return [probe.probe(stage, base, model, TEXTS, before) for stage in opened]
+    before = {domain: probe.watch(model, each, probe.LENS_FROM[domain]) for domain, each in TEXTS.items()}
+    return [probe.probe(stage, base, TEXTS, before) for stage in opened]
 
 
 def test_drift_begins_at_the_first_trained_layer():
@@ -57,7 +57,7 @@ def test_divergence_is_that_of_the_two_models_own_logits():
     base, (stage,) = open_stages(["one"])
     models = [probe._eager(each) for each in (base, stage)]
     ids = torch.arange(1, probe.LENS + 2)  # as many positions as are looked at
-    found = probe.lens_divergence(*models, *(probe.watch(model, [ids])[0] for model in models))
+    found = probe.lens_divergence(*(probe.watch(model, [ids])[0] for model in models))
     with torch.no_grad():
         p, q = (model(ids[None]).logits[0, 1:].double().softmax(-1).numpy() for model in models)
     assert found.shape == (1,) and float(found) == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-3)
@@ -75,7 +75,7 @@ def test_texts_seen_together_are_as_seen_alone():
 def test_attention_by_hand():
     rows = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
     other = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0.25, 0.25, 0.5]])
-    one, two = (Seen(torch.zeros(2, 3, 1), each.expand(1, 2, 3, 3), {}) for each in (rows, other))
+    one, two = (Seen(torch.zeros(2, 3, 1), each.expand(1, 2, 3, 3), {}, rows) for each in (rows, other))
     found = probe.attention_of([one])
     assert found["sink"] == [[0.375] * 2] and found["entropy"] == [[1.25] * 2] and found["sets_in"] == 0
     p, q = np.array([0.5, 0.5]), np.array([1.0, 0])
@@ -117,7 +117,7 @@ def test_the_floor_is_what_bfloat16_makes_whatever_is_computed_in(dtype):
     base, _ = open_stages([])
     model = probe._eager(base)
     assert model.dtype == dtype
-    found = probe.floor(base, model, TEXTS["off"], probe.watch(model, TEXTS["off"]))
+    found = probe.floor(base, model.dtype, TEXTS["off"], probe.watch(model, TEXTS["off"], 0))
     assert len(found["drift"]) == len(found["lens"]) == 4
     assert min(found["drift"]) > 2**-11 and max(found["drift"]) < 2**-5  # bfloat16 has 8 binary digits
     assert found["kl"] == found["lens"][-1] > 0

@@ -153,7 +153,13 @@ def test_patience():
     assert not is_stale(curve(1, 2, 3), None)
 
 
-LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]  # `launch: torchrun --nproc_per_node 2`
+LAUNCH = [
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+]  # `launch: torchrun --nproc_per_node 2`
 
 
 def run_train(name):
