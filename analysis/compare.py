@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from analysis import figures
-from analysis.deltas import COLUMNS, cosines, inner_products, module_kinds, norm, summarise
+from analysis.deltas import COLUMNS, cosines, inner_products, module_kinds, norm, rounding, summarise
 from analysis.figures import percent
 from analysis.report import render
 from analysis.words import ranges
@@ -161,19 +161,17 @@ def _difference(
         if isinstance(model, VirtualCheckpoint):
             result = model.module(path)[parameter]
             delta = result - weight
-            error = norm(result.to(stored.dtype).float() - result)
-            unchanged = int((result.to(stored.dtype) == stored).sum())
+            lost = rounding(weight, result, result.to(stored.dtype))
         else:
             own = model.stored(f"{path}.{parameter}")
             if own.shape != stored.shape:
                 return None
             delta = own.float() - weight
-            error = norm(spacing(own)) / 12**0.5
-            unchanged = int((delta == 0).sum())
+            lost = {"error": norm(spacing(own)) / 12**0.5, "unchanged": int((delta == 0).sum())}
     except KeyError:
         return None
     largest = float(delta.abs().max())
-    return delta, (weight.numel(), norm(weight), norm(delta), error, unchanged, largest)
+    return delta, (weight.numel(), norm(weight), norm(delta), lost["error"], lost["unchanged"], largest)
 
 
 def spacing(values: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ class _Tally:
             file = tensor.file if stage == MERGED else changed.to(tensor.file.dtype)
             row = {"stage": stage, "layer": tensor.layer, "module": tensor.module, "parameter": tensor.parameter}
             row |= {"entries": weight.numel(), "weight": size, "delta": square**0.5}
-            row |= _rounding(weight, changed, file)
+            row |= rounding(weight, changed, file)
             row["max_abs"] = max(float(part.abs().max()) for (part,) in _chunks(delta))
             if stage in used:
                 row |= _spectrum(delta, tensor.factors.get(stage))
@@ -190,6 +190,24 @@ def inner_products(deltas: list[torch.Tensor]) -> Matrix:
         rows = torch.stack(parts).double()
         total += rows @ rows.T
     return total.numpy()
+
+
+def rounding(weight: torch.Tensor, changed: torch.Tensor, file: torch.Tensor) -> dict[str, float]:
+    """What the file's dtype loses of changed weights.
+
+    Args:
+        weight: before the change, float32.
+        changed: the exact ones, float32.
+        file: the same as they are stored.
+
+    Returns:
+        error: ‖file − changed‖, and how many entries are `unchanged`, stored as they would be without the change.
+    """
+    error, unchanged = 0.0, 0
+    for before, exact, kept in _chunks(weight, changed, file):
+        error += float((kept.float() - exact).square().sum())
+        unchanged += int(torch.count_nonzero(kept == before.to(kept.dtype)))
+    return {"error": error**0.5, "unchanged": unchanged}
 
 
 def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
@@ -326,15 +344,6 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
     text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
     checks.append((MERGED, text, measured.untouched_max))
     return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
-
-
-def _rounding(weight: torch.Tensor, changed: torch.Tensor, file: torch.Tensor) -> dict[str, float]:
-    """What the file's dtype loses of changed weights: ‖file − changed‖, and the entries that are still the base's."""
-    error, unchanged = 0.0, 0
-    for before, exact, kept in _chunks(weight, changed, file):
-        error += float((kept.float() - exact).square().sum())
-        unchanged += int(torch.count_nonzero(kept == before.to(kept.dtype)))
-    return {"error": error**0.5, "unchanged": unchanged}
 
 
 def _spectrum(delta: torch.Tensor, factors: Factors | None) -> dict[str, float]:

@@ -79,9 +79,10 @@ def main() -> None:
     texts = read_texts(settings)
     model = _eager(base)
     before = {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
+    del model  # what it saw is all that is needed of it, and a large one would lie beside every other
     result: dict[str, Any] = {
-        "layers": model.config.num_hidden_layers,
-        "floor": floor(base, model.dtype, texts["off"][:NULL], before["off"][:NULL]),
+        "layers": base.skeleton.config.num_hidden_layers,
+        "floor": floor(base, texts["off"][:NULL], before["off"][:NULL]),
         "base": {"attention": attention_of(before["off"]), "written": written(before["off"])},
         "checkpoints": {},
     }
@@ -122,7 +123,7 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) ->
         Seen(
             hidden[:, row, :end],
             attention[:, row, :, :end, :end],
-            {name: sizes[:, row, :end] for name, sizes in written.items()},
+            {name: values[:, row, :end] for name, values in written.items()},
             _lens(model, hidden[1:, row, :end][first:]),
         )
         for row, end in enumerate(map(len, texts))
@@ -251,12 +252,12 @@ def reset_early(
     return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}
 
 
-def floor(base: Checkpoint, dtype: torch.dtype, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
+def floor(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
     """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
 
-    `seen` is what it made of the texts in `dtype`.
+    `seen` is what it made of the texts in the dtype that is computed in.
     """
-    other = _eager(base, torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    other = _eager(base, torch.float32 if compute_dtype() == torch.bfloat16 else torch.bfloat16)
     pairs = list(zip(seen, watch(other, texts, LENS_FROM["off"]), strict=True))
     lens = torch.stack([lens_divergence(*pair) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)

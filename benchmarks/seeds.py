@@ -32,9 +32,10 @@ def each_seed(doc: str | None, write: Callable[[int], None], run: Callable[[], N
             if not Path("checkpoints/base").exists():
                 base.main()
             run()
-    print(f"torch {torch.__version__}; mean (each seed)\n\n{table()}")
+    text = table()
+    print(f"torch {torch.__version__}; mean (each seed)\n\n{text}")
     if output:
-        output.write_text(table() + "\n")
+        output.write_text(text + "\n")
 
 
 def mean_and_each(values: Sequence[float], digits: int) -> str:

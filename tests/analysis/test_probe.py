@@ -117,7 +117,7 @@ def test_the_floor_is_what_bfloat16_makes_whatever_is_computed_in(dtype):
     base, _ = open_stages([])
     model = probe._eager(base)
     assert model.dtype == dtype
-    found = probe.floor(base, model.dtype, TEXTS["off"], probe.watch(model, TEXTS["off"], 0))
+    found = probe.floor(base, TEXTS["off"], probe.watch(model, TEXTS["off"], 0))
     assert len(found["drift"]) == len(found["lens"]) == 4
     assert min(found["drift"]) > 2**-11 and max(found["drift"]) < 2**-5  # bfloat16 has 8 binary digits
     assert found["kl"] == found["lens"][-1] > 0

@@ -153,13 +153,8 @@ def test_patience():
     assert not is_stale(curve(1, 2, 3), None)
 
 
-LAUNCH = [
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node",
-    "2",
-]  # `launch: torchrun --nproc_per_node 2`
+# `launch: torchrun --nproc_per_node 2`, on a free port, for several tests may launch at once.
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def run_train(name):
