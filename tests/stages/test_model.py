@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from stages import model
+from stages.layers import layer_stack
 from stages.model import Batch, pad, token_losses
 from tests.conftest import ARCHITECTURES, COMMON
 from tests.stages.test_train import make_examples
@@ -63,9 +64,8 @@ def test_losses_and_gradients_are_those_of_all_logits(architecture, monkeypatch)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_mlp_computes_only_what_is_asked(architecture):
     made, batch = make_model(architecture), pad(make_examples(), 0)
-    layers = made.get_submodule("transformer.h" if architecture == "gpt2" else "model.layers")
     rows = []
-    for layer in layers[-2:]:
+    for layer in made.get_submodule(layer_stack(made))[-2:]:
         inner = layer.mlp.act if architecture == "gpt2" else layer.mlp.act_fn
         inner.register_forward_hook(lambda _, args, __: rows.append(args[0][..., 0].numel()))
     found, _ = token_losses(made, batch)
