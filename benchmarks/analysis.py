@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from measuring import ROOT, Cost, Imports, measure, measure_imports
 
+from stages.project.params import load_params
+
 sys.path.insert(0, str(ROOT))
 
 from subjects import MODELS, make_stages, make_synthetic, write_params
 
-from stages import params
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 RANK = 16
@@ -39,8 +40,8 @@ def done(spectra):
 CODE = {
     "Strata, factors, three stages": """
 from itertools import combinations
-from analysis.spectra import effective_rank, singular_values
-from analysis.subspaces import interference, overlap, strongest
+from analysis.changes.spectra import effective_rank, singular_values
+from analysis.changes.subspaces import interference, overlap, strongest
 from stages.weights.checkpoint import open_stages
 start = time.perf_counter()
 base, stages = open_stages(["first", "middle", "last"])
@@ -85,12 +86,12 @@ done({})  # it tells of the weights, not of the change
 """,
     "Strata, all of the report about weights": """
 from analysis.deltas import measure
-from analysis.heads import measure_heads
+from analysis.changes.heads import measure_heads
 from stages import params
 from stages.merging.merged import Merged, open_merged
 from stages.weights.checkpoint import open_stages
 start = time.perf_counter()
-merge = params.load().merge
+merge = load_params().merge
 base, stages = open_stages(["first", "middle", "last"])
 exact, file = Merged(base, stages, merge), open_merged(base, stages, merge)
 measure(stages, exact, file)
@@ -99,7 +100,7 @@ done({})
 """,
 }
 IMPORTS = {  # by the contender's first word
-    "Strata,": "import analysis.deltas, analysis.heads",
+    "Strata,": "import analysis.deltas, analysis.changes.heads",
     "dense": "import analysis.deltas",
     "modeldelta,": "import modeldelta.core.weight_diff, torch",
     "weightwatcher,": "import weightwatcher; from transformers import AutoModelForCausalLM",
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="", help="those alone whose names begin like this, such as Strata")
     parser.add_argument("--output", type=Path, help="also write the table to this file, after each contender")
     arguments = parser.parse_args()
-    threads, rows = params.load(ROOT / "params.yaml").threads, []
+    threads, rows = load_params(ROOT / "params.yaml").threads, []
     with tempfile.TemporaryDirectory(prefix="strata-") as name:
         folder = Path(name)
         contenders = [contender for contender in CODE if contender.startswith(arguments.contenders)]

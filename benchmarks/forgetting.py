@@ -12,10 +12,11 @@ from typing import Any
 from measuring import ROOT
 from seeds import each_seed, mean_and_each
 
-from stages import params, train
+from stages import train
 from stages.files import write_json
-from stages.model import compute_dtype, load_model, load_tokenizer
-from stages.records import load_split
+from stages.models.loading import compute_dtype, load_model, load_tokenizer
+from stages.project.params import load_params
+from stages.records.lines import load_split
 from stages.score import mean_loss
 from stages.weights.checkpoint import open_stages
 
@@ -31,7 +32,7 @@ SECOND: dict[str, dict[str, Any]] = {  # how the second stage is trained
 
 def write(seed: int) -> None:
     """Write params.yaml (JSON is YAML) and the facts of both stages, which share no name."""
-    repository = params.load(ROOT / "params.yaml")
+    repository = load_params(ROOT / "params.yaml")
     second = {name: COMMON | {"parent": "first", "dataset": "b"} | keys for name, keys in SECOND.items()}
     source = {"source": "file", "path": "unused.jsonl", "eval": 1}
     content = {

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from stages import base, data, merge, params, score, train
+from stages import base, data, merge, score, train
 from stages.files import read_json, write_json
+from stages.project.params import load_params
 
 STAGES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "layers": "all", "rank": 16},
@@ -26,7 +27,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def write(folder: Path) -> None:
     """Write params.yaml (JSON is YAML): the repository's base and first dataset, with stages side by side."""
-    repository = params.load(ROOT / "params.yaml")
+    repository = load_params(ROOT / "params.yaml")
     name, dataset = next(iter(repository.datasets.items()))
     common = {"parent": "base", "dataset": name, "lr": 1e-3, "steps": 100, "batch_size": 64, "micro_batch_size": 64}
     content = {
@@ -57,7 +58,7 @@ def main() -> None:
         write(folder)
         os.chdir(folder)
         base.main()
-        data.main(next(iter(params.load().datasets)))
+        data.main(next(iter(load_params().datasets)))
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16\n")
         print("| stage | s | tokens per s | peak GB |\n|---|--:|--:|--:|")
         for stage in STAGES:

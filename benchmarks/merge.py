@@ -25,8 +25,8 @@ from mergekit.merge_methods import BasePolicy, MergeMethod, registered_methods
 from subjects import MODELS, STAGES, make_stages, make_synthetic, write_params
 from truth import SAMPLE, Error, accepts, errors
 
-from stages import params
 from stages.files import write_json
+from stages.project.params import load_params
 
 PARAMETERS: dict[str, dict[str, float]] = {  # mergekit's words; a method that is not named here takes its defaults
     "ties": {"density": 0.5},
@@ -314,7 +314,7 @@ def main() -> None:
     """Run all contenders for one model and print the tables."""
     arguments = parse()
     with tempfile.TemporaryDirectory(prefix="strata-", dir=arguments.work) as folder:
-        threads = params.load(ROOT / "params.yaml").threads
+        threads = load_params(ROOT / "params.yaml").threads
         contest = Contest(Path(folder).resolve(), threads, arguments.repeats, arguments.mergekit_dtype)
         prepare(contest, arguments.model)
         for method in arguments.methods:

@@ -13,10 +13,11 @@ from typing import Any
 from measuring import ROOT
 from seeds import each_seed, mean_and_each
 
-from stages import params, select, train
+from stages import select, train
 from stages.files import write_json
-from stages.model import compute_dtype, load_model, load_tokenizer
-from stages.records import load_split
+from stages.models.loading import compute_dtype, load_model, load_tokenizer
+from stages.project.params import load_params
+from stages.records.lines import load_split
 from stages.score import score
 from stages.weights.checkpoint import open_stages
 
@@ -32,7 +33,7 @@ STAGES = {  # name: what it learns from
 
 def write(seed: int) -> None:
     """Write params.yaml (JSON is YAML) and the sums."""
-    repository = params.load(ROOT / "params.yaml")
+    repository = load_params(ROOT / "params.yaml")
     source = {"source": "file", "path": "unused.jsonl", "eval": ASKED}
     content: dict[str, Any] = {
         "seed": seed,
@@ -71,7 +72,7 @@ def main() -> None:
             train.main(name)
             _, (stage,) = open_stages([name])
             model, asked = load_model(stage, compute_dtype()), list(load_split("mixed", "eval"))
-            cells.append(score(model, load_tokenizer(), asked, params.load().evaluate))
+            cells.append(score(model, load_tokenizer(), asked, load_params().evaluate))
 
     def table() -> str:
         lines = ["| learned from | loss | right answers, % |", "|---|--:|--:|"]

@@ -10,9 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from stages import layers, params
 from stages.files import read_json, sha256, write_json
 from stages.methods import METHODS
+from stages.models.layers import linear_modules, select
+from stages.project.params import load_params
+from stages.settings.ranges import parse
 
 STAGES: dict[str, dict[str, Any]] = {  # `span`: first and last layer as shares of the depth; `size`: ‖ΔW‖/‖W‖
     "first": {"method": "lora", "rank": 16, "span": (0.0, 0.6), "size": 0.003},
@@ -97,14 +99,14 @@ def make_stages(folder: Path, stages: dict[str, dict[str, Any]] = STAGES) -> Non
 def _make_stage(base: Path, folder: Path, told: dict[str, Any], skeleton: PreTrainedModel) -> None:
     """Write one adapter with random factors, large enough for the change that it is told to make."""
     name, weights, keys = folder.name, Weights(base), _keys(told, skeleton.config.num_hidden_layers)
-    numbers = layers.parse(keys["layers"], skeleton.config.num_hidden_layers)
-    chosen = layers.select(skeleton, keys["layers"])
+    numbers = parse(keys["layers"], skeleton.config.num_hidden_layers)
+    chosen = select(skeleton, keys["layers"])
     stage = METHODS[keys["method"]](parent="base", dataset="d", lr=0.001, steps=1, **keys)
     config: Any = stage.adapter_config(skeleton, chosen)
     config.inference_mode = True
     torch.manual_seed(sum(map(ord, name)))
     state = {}
-    for module in layers.linear_modules(skeleton, chosen):
+    for module in linear_modules(skeleton, chosen):
         weight = weights[f"{module}.weight"].float()
         a = torch.randn(config.r, weight.shape[1]) / math.sqrt(weight.shape[1])
         b = torch.randn(weight.shape[0], config.r)
@@ -131,7 +133,7 @@ def write_params(
     stages: dict[str, dict[str, Any]] = STAGES,
 ) -> None:
     """Write params.yaml (JSON is YAML) with this merge of the stages, and the repository's base and threads."""
-    repository = params.load(ROOT / "params.yaml")
+    repository = load_params(ROOT / "params.yaml")
     config = folder / "checkpoints/base/config.json"
     depth = read_json(config)["num_hidden_layers"] if config.exists() else 10
     name, dataset = next(iter(repository.datasets.items()))

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoTokenizer
 
-from stages import params
-from stages.batches import Source, derive_seed
 from stages.files import write_json
-from stages.records import encode
+from stages.project.params import load_params
+from stages.records.tokens import encode
+from stages.training.batches import Source, derive_seed
 
 SETTINGS = {"rank": 8, "alpha": 16.0, "lr": 1e-3, "batch_size": 8, "micro_batch_size": 8, "schedule": "cosine"}
 EXAMPLES, LENGTH, PASSES = 64, 128, 3
@@ -40,7 +40,7 @@ IMPORTS = {
 }
 STRATA = """
 import json, sys, time
-import stages.loop, stages.train
+import stages.training.loop, stages.train
 fit, step, ends = stages.train.fit, stages.loop.Run.step, []
 def stepped(*args):
     point = step(*args)
@@ -63,8 +63,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from stages import layers, params
 name, dtype = sys.argv[1:]
-settings = params.load(); stage = settings.stages["one"]
-torch.set_num_threads(settings.threads)
+settings = load_params(); stage = settings.stages["one"]
+torch.set_num_threads(settings.thread_count)
 set_seed(int(open("seed").read()))
 model = AutoModelForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
 config = stage.adapter_config(model, layers.select(model, stage.layers))
@@ -130,7 +130,7 @@ def prepare(folder: Path, dtype: str) -> None:
 
 def write(folder: Path, layers: str, dtype: str) -> None:
     """Write params.yaml (JSON is YAML)."""
-    repository = params.load(ROOT / "params.yaml")
+    repository = load_params(ROOT / "params.yaml")
     stage = {"parent": "base", "dataset": "text", "method": "lora", "layers": layers, **SETTINGS}
     content = {
         "seed": 0,
@@ -159,7 +159,7 @@ def write_examples(folder: Path, share: float) -> None:
     lines = [json.dumps(record) + "\n" for record in records]
     for part in ("train", "eval", "tune"):
         (folder / f"data/text/{part}.jsonl").write_text("".join(lines))
-    settings = params.load(folder / "params.yaml")
+    settings = load_params(folder / "params.yaml")
     stage = settings.stages["one"]
     seed = derive_seed(0, "one")
     (folder / "seed").write_text(str(seed))

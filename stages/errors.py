@@ -2,15 +2,21 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class MistakeError(Exception):
     """Something in a file the user wrote is wrong; the message names the file, the key and the fix."""
 
 
-def run(main: Callable[..., None], *args: str) -> None:
-    """Call `main(*args)`; on a MistakeError print its sentence to stderr and exit with code 1."""
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def run(main: Callable[..., None], *args: str, **named: Any) -> None:
+    """Call `main`; on a MistakeError print its sentence to stderr and exit with code 1."""
     try:
-        main(*args)
+        main(*args, **named)
     except MistakeError as mistake:
         sys.exit(f"error: {mistake}")

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from stages import params
 from stages.errors import run
 from stages.files import REPORTS, read_json, write_json
 from stages.merging.merged import open_merged
+from stages.project.params import load_params
 from stages.score import Matrix, score_all
 from stages.weights.checkpoint import open_stages
 
 
 def main() -> None:
     """Score the merged model and write the whole matrix with each stage's retention."""
-    settings = params.load()
-    torch.set_num_threads(settings.threads)
+    settings = load_params()
+    torch.set_num_threads(settings.thread_count)
     merged = open_merged(*open_stages(list(settings.merge.weights)), settings.merge)
     matrix = read_json(REPORTS / "scores.json") | score_all([merged], settings)
     write_json(REPORTS / "evaluation.json", {"matrix": matrix, "retention": retention(matrix, settings.skills)})

@@ -20,21 +20,23 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from stages import params
 from stages.errors import run
 from stages.files import BASE, CHECKPOINTS, MERGED, PICKED, publish, read_json, write_json
-from stages.merging.adapter import AdapterOutput, Fit, as_dora, check_errors, fit_dora, fit_lora
+from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, check_errors, fit_dora, fit_lora
 from stages.merging.merged import Merged
+from stages.models.architecture import FILE as ARCHITECTURE
+from stages.project.params import Params, load_params
 from stages.weights.checkpoint import open_stages
 from stages.weights.single_file import SingleFile, single_file
 from stages.weights.tensor_file import DTYPES, size
 
+OURS = {"stage.json", ARCHITECTURE, "model.safetensors.index.json"}  # files of the base that the merged model lacks
 Part = tuple[str, float | None, bytes]  # module, error of its fit or None where it is replaced, tensors of the adapter
 
 
 def main() -> None:
     """Write merged/ from the base and the stages of `merge.weights`."""
-    settings = params.load()
+    settings = load_params()
     # Processes share the work, one thread each: that is faster, and their number does not change a bit.
     torch.set_num_threads(1)
     forget_unlisted(list(settings.merge.weights))
@@ -42,7 +44,7 @@ def main() -> None:
     facts = lineage(settings)
     with publish(MERGED) as folder:
         write_json(folder / "lineage.json", facts)
-        write(merged, folder, {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}, settings.threads)
+        write(merged, folder, {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}, settings.thread_count)
 
 
 def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int = 1) -> None:
@@ -185,9 +187,9 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
     check_errors(errors, merged.merge.adapter.tolerance)
 
 
-def lineage(settings: params.Params) -> dict[str, Any]:
+def lineage(settings: Params) -> dict[str, Any]:
     """The merge's settings and the record of every stage in it, ancestors included; no timestamps."""
-    names = {ancestor for name in settings.merge.weights for ancestor in [*settings.ancestors(name), name]}
+    names = {ancestor for name in settings.merge.weights for ancestor in settings.lineage(name)}
     return {
         "merge": settings.merge.model_dump() | {"weights": dict(sorted(settings.merge.weights.items()))},
         "base": read_json(BASE / "stage.json"),
@@ -199,8 +201,12 @@ def lineage(settings: params.Params) -> dict[str, Any]:
 def copy_companions(merged: Merged, folder: Path) -> None:
     """Copy config and tokenizer beside the weights; the config tells the new dtype, and whether the head is untied."""
     for path in merged.base.folder.iterdir():
-        if path.suffix != ".safetensors" and path.name not in ("stage.json", "model.safetensors.index.json"):
-            shutil.copy(path, folder / path.name)
+        if path.suffix != ".safetensors" and path.name not in (
+            "stage.json",
+            ARCHITECTURE,
+            "model.safetensors.index.json",
+        ):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False

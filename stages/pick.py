@@ -6,15 +6,15 @@ hash in picked/, and the merge depends on that folder.
 
 import sys
 
-from stages import params
 from stages.errors import run
 from stages.files import CHECKPOINTS, PICKED, read_json, write_json
+from stages.project.params import load_params
 
 
 def main(name: str) -> None:
     """Write picked/NAME.json: the stage and the hashes of its lineage."""
-    settings = params.load()
-    lineage = [*settings.ancestors(name), name]
+    settings = load_params()
+    lineage = settings.lineage(name)
     hashes = {stage: read_json(CHECKPOINTS / stage / "stage.json")["sha256"] for stage in ["base", *lineage]}
     write_json(PICKED / f"{name}.json", {"stage": name, "sha256": hashes})
 

@@ -11,12 +11,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages import params
 from stages.errors import run
 from stages.files import REPORTS, write_json
-from stages.model import compute_dtype, device, load_model, load_tokenizer, pad, token_losses
-from stages.records import Record, answer, encode, encode_question, load_split
-from stages.weights.checkpoint import Weights, open_stages
+from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer
+from stages.models.losses import pad, token_losses
+from stages.project.params import Params, load_params
+from stages.records.lines import load_split
+from stages.records.record import Record, answer
+from stages.records.tokens import encode, encode_question
+from stages.settings.evaluate import Evaluate
+from stages.weights.checkpoint import open_stages
 
 Cell = dict[str, float]
 Matrix = dict[str, dict[str, Cell]]
@@ -24,13 +28,13 @@ Matrix = dict[str, dict[str, Cell]]
 
 def main() -> None:
     """Score the base and every stage."""
-    settings = params.load()
-    torch.set_num_threads(settings.threads)
+    settings = load_params()
+    torch.set_num_threads(settings.thread_count)
     base, stages = open_stages(list(settings.stages))
     write_json(REPORTS / "scores.json", score_all([base, *stages], settings))
 
 
-def score_all(checkpoints: list[Weights], settings: params.Params) -> Matrix:
+def score_all(checkpoints: list[Weights], settings: Params) -> Matrix:
     """Cells of every model on every eval split, by model and dataset."""
     splits = {name: load_split(name, "eval") for name in settings.datasets}
     tokenizer, dtype = load_tokenizer(), compute_dtype()
@@ -49,7 +53,7 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
-    bounds: params.Evaluate,
+    bounds: Evaluate,
 ) -> Cell:
     """Loss on all records, and accuracy on those that hold a reference answer."""
     cell = {"loss": round(mean_loss(model, tokenizer, records, bounds.batch_size), 4)}
@@ -78,7 +82,7 @@ def mean_loss(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: params.Evaluate
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: Evaluate
 ) -> list[str]:
     """Greedy answers, each as long as the longest reference allows and at most `max_new_tokens`."""
     questions = [encode_question(record, tokenizer) for record in records]

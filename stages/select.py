@@ -18,11 +18,13 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from stages import params
-from stages.errors import MistakeError, run
+from stages.errors import run
 from stages.files import DATA, REPORTS, publish, read_json, sha256, write_json
-from stages.model import compute_dtype, device, load_model, load_tokenizer, pad, token_losses
-from stages.records import Example, encode, load_split
+from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
+from stages.models.losses import pad, token_losses
+from stages.project.params import load_params
+from stages.records.lines import load_split
+from stages.records.tokens import Example, encode
 from stages.weights.checkpoint import open_checkpoint
 
 BATCH = 16  # examples that pass through a model at once
@@ -30,14 +32,10 @@ BATCH = 16  # examples that pass through a model at once
 
 def main(name: str) -> None:
     """Write the splits of selection `name` and how many tokens it kept."""
-    settings = params.load()
-    if name not in settings.selections:
-        raise MistakeError(
-            f"params.yaml: selections has no {name!r}; it has {', '.join(settings.selections) or 'none'}"
-        )
-    torch.set_num_threads(settings.threads)
-    selection, tokenizer = settings.selections[name], load_tokenizer()
-    longest = open_checkpoint("base", {}).base.skeleton.config.max_position_embeddings
+    settings = load_params()
+    torch.set_num_threads(settings.thread_count)
+    selection, tokenizer = settings.find("selections", name), load_tokenizer()
+    longest = open_checkpoint("base", {}).base.architecture.positions or sys.maxsize
     records = load_split(selection.dataset, "train")
     examples = [encode(record, tokenizer, longest) for record in records]
     before, reference = (

@@ -17,21 +17,24 @@ from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from stages import layers, params
-from stages.batches import REPLAY, Source, derive_seed, sources
 from stages.errors import MistakeError, run
 from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
-from stages.loop import fit
-from stages.methods.lora import Lora
-from stages.methods.stage import Stage, Training
-from stages.model import compute_dtype, device, load_model, load_tokenizer, pad, set_weights
-from stages.outside import take
-from stages.prefix import Prefix
-from stages.quantize import quantize
-from stages.records import Example, encode, load_split
-from stages.resume import resume_folder
-from stages.shard import load_everywhere, shard
-from stages.surgery import input_bases, save_bases
+from stages.models.layers import select
+from stages.models.loading import compute_dtype, device, load_model, load_tokenizer, set_weights
+from stages.models.losses import pad
+from stages.project.params import Params, load_params
+from stages.records.lines import load_split
+from stages.records.tokens import Example, encode
+from stages.settings.ranges import numbers
+from stages.settings.stage import Imported, Stage, Training
+from stages.training.batches import REPLAY, Source, derive_seed, sources
+from stages.training.importing import import_adapter
+from stages.training.loop import fit
+from stages.training.prefix import Prefix
+from stages.training.protection import input_bases, save_bases
+from stages.training.quantize import quantize
+from stages.training.resume import resume_folder
+from stages.training.shard import load_everywhere, shard
 from stages.weights.checkpoint import open_checkpoint
 
 REMEMBERED_BATCHES = 16
@@ -41,16 +44,17 @@ DIVIDED = (DistributedType.FSDP,)
 
 def main(name: str) -> None:
     """Train stage `name` and publish its checkpoint and loss curve."""
-    settings = params.load()
-    stage = find(name, settings)
+    settings = load_params()
+    stage: Stage = settings.find("stages", name)
     dtype = compute_dtype()
     # On a CPU accelerate takes every process for the only one, unless it is told.
     accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    if not isinstance(stage, Training):
+    if isinstance(stage, Imported):
         if accelerator.is_main_process:
-            write_reports(name, {"trained_parameters": take(name, settings)}, [])
+            write_reports(name, {"trained_parameters": import_adapter(name, stage)}, [])
         return
-    torch.set_num_threads(settings.threads)
+    assert isinstance(stage, Training)
+    torch.set_num_threads(settings.thread_count)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every new tensor would be written once for nothing, which takes 3 % of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -58,7 +62,7 @@ def main(name: str) -> None:
     seed = derive_seed(settings.seed, name)
     set_seed(seed)
     record = describe(name, stage, settings, seed)
-    in_4bit, divided = isinstance(stage, Lora) and stage.load_in_4bit, accelerator.distributed_type in DIVIDED
+    in_4bit, divided = getattr(stage, "load_in_4bit", False), accelerator.distributed_type in DIVIDED
     check_launch(name, settings.launch, accelerator, in_4bit)
     if divided:
         load_everywhere()
@@ -88,13 +92,6 @@ def main(name: str) -> None:
             write_reports(name, record, curve, cut=sum(source.cut for source in shown))
 
 
-def find(name: str, settings: params.Params) -> Stage:
-    """The stage of that name, or a MistakeError that lists the known ones."""
-    if name not in settings.stages:
-        raise MistakeError(f"params.yaml: stages has no {name!r}; it has {', '.join(settings.stages)}")
-    return settings.stages[name]
-
-
 def check_launch(name: str, launch: str, accelerator: Accelerator, in_4bit: bool) -> None:
     """Refuse what several processes cannot do together.
 
@@ -121,7 +118,7 @@ def check_launch(name: str, launch: str, accelerator: Accelerator, in_4bit: bool
         )
 
 
-def describe(name: str, stage: Training, settings: params.Params, seed: int) -> dict[str, Any]:
+def describe(name: str, stage: Training, settings: Params, seed: int) -> dict[str, Any]:
     """What stage.json tells before training: lineage, data, layers, seed, versions."""
     parent = read_json(CHECKPOINTS / stage.parent / "stage.json")
     num_layers = read_json(BASE / "stage.json")["layers"]
@@ -136,10 +133,10 @@ def describe(name: str, stage: Training, settings: params.Params, seed: int) -> 
         "dataset": stage.dataset,
         "dataset_sha256": {d: sha256([DATA / d / "train.jsonl"]) for d in dict.fromkeys(datasets)},
         "method": stage.method,
-        "layers": layers.numbers(stage.layers, num_layers),
+        "layers": numbers(stage.layers, num_layers),
         "settings": stage.model_dump(exclude={"parent", "dataset", "method"}),
         "seed": seed,
-        "threads": settings.threads,
+        "threads": settings.thread_count,
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},
     }
 
@@ -149,7 +146,7 @@ def load_parent(stage: Training, dtype: torch.dtype) -> PreTrainedModel:
     parent = open_checkpoint(stage.parent, {})
     model = load_model(parent, dtype)
     if dtype != torch.float32:
-        chosen = layers.select(model, stage.layers)
+        chosen = select(model, stage.layers)
         for path in chosen:
             model.get_submodule(path).float()
         set_weights(model, parent, chosen)
@@ -161,7 +158,7 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """
-    config = stage.adapter_config(model, layers.select(model, stage.layers))
+    config = stage.adapter_config(model, select(model, stage.layers))
     model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
     wrapped = get_peft_model(model, config)
     stage.started(wrapped)
@@ -200,8 +197,8 @@ def remember_inputs(
     filler = load_tokenizer().pad_token_id
     shown = [source.batch(step) for source in sources if source.name != REPLAY for step in range(REMEMBERED_BATCHES)]
     batches = (pad(examples, filler, accelerator.device) for examples in shown)
-    inner = open_checkpoint("base", {}).base.skeleton
-    matrices = layers.linear_modules(inner, layers.select(inner, "all"))
+    architecture = open_checkpoint("base", {}).base.architecture
+    matrices = [path for path in architecture.select("all") if architecture.is_matrix(path)]
     with accelerator.autocast():
         return input_bases(model, matrices, batches, stage.remember)
 

@@ -30,11 +30,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stages import layers
 from stages.files import BASE, CHECKPOINTS, publish, sha256, write_json
 from stages.methods import METHODS
+from stages.models.layers import select
+from stages.settings.ranges import numbers
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
 
 COMMON = {
     "vocab_size": 128,
@@ -127,7 +130,7 @@ def make_stage(
     """
     stage = METHODS[method](parent=parent, dataset="d", method=method, lr=1e-3, steps=1, layers=chosen, **keys)
     torch.manual_seed(sum(map(ord, name)))
-    wrapped = get_peft_model(model, stage.adapter_config(model, layers.select(model, chosen)))
+    wrapped = get_peft_model(model, stage.adapter_config(model, select(model, chosen)))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -139,7 +142,7 @@ def make_stage(
             "parent": parent,
             "dataset": "d",
             "method": method,
-            "layers": layers.numbers(chosen, 4),
+            "layers": numbers(chosen, 4),
             "settings": {},
             "trained_parameters": 1,
             "sha256": sha256([folder / "adapter_model.safetensors"]),

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
+
 STAGES = {name: stage.get("do", stage) for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()}
 
 # Shared by all and without a say in any result: reading params, whole files, error sentences, resuming.
 # A change there must not train everything again.
-PLUMBING = {"stages", "stages.errors", "stages.files", "stages.params", "stages.resume"}
+PLUMBING = {"stages", "stages.errors", "stages.files", "stages.params", "stages.training.resume"}
 
 
 def path_of(module: str) -> Path | None:

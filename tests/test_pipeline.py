@@ -9,9 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.files import read_json, sha256
-from tests.conftest import PARAMS, kill_once_saved
-
-ROOT = Path(__file__).parents[1]
+from tests.conftest import PARAMS, ROOT, kill_once_saved
 
 # A branch beside the chain, so that there is something that must not run again.
 BRANCH = """\

@@ -1,21 +1,20 @@
 """One tensor's merge through mergekit's public kernels, with what mergekit leaves to chance made sure."""
 
-import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mergekit.config import ConditionalParameter, ParameterSetting
 from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope, get, merge_tensors, registered_methods
-from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
 import stages.merging.methods  # noqa: F401  registers them beside mergekit's
-from stages.errors import MistakeError
+from stages.errors import MistakeError, first_line
+from stages.merging.parameters import resolve
 from stages.merging.trim import TRIMMED, trim
-from stages.params import Merge
+from stages.settings.merge import Merge
+from stages.settings.section import nearest
 
 Values = dict[str, Any]  # a parameter's value, or for a parameter per stage its values by stage
 
@@ -40,8 +39,8 @@ class Kernel:
 
     method: MergeMethod
     merge: Merge
-    shared: dict[str, ParameterSetting]
-    by_stage: dict[str, dict[str, ParameterSetting]]
+    shared: dict[str, Any]
+    by_stage: dict[str, dict[str, Any]]
 
     def participants(self, touching: list[str]) -> list[str]:
         """Stages that are merged in a tensor which only `touching` change, sorted.
@@ -69,15 +68,12 @@ class Kernel:
             key = f"merge.parameters.{parameter.name}" if parameter.name != "weight" else "merge.weights"
             try:
                 if parameter.scope == ParameterScope.SHARED:
-                    values[parameter.name] = resolve_parameter(parameter, [self.shared], tensor_name=name, t=depth)
+                    values[parameter.name] = resolve(name, parameter, [self.shared], depth)
                 else:
                     values[parameter.name] = {
-                        stage: resolve_parameter(
-                            parameter, [self.by_stage[stage], self.shared], tensor_name=name, t=depth
-                        )
-                        for stage in stages
+                        stage: resolve(name, parameter, [self.by_stage[stage], self.shared], depth) for stage in stages
                     }
-            except RuntimeError:
+            except LookupError:
                 raise MistakeError(
                     f"params.yaml: {key} has no value for {name}, for no filter matches; end the list with a value"
                     " that has no filter"
@@ -135,9 +131,8 @@ class Kernel:
                     out_dtype=torch.float32,
                 )
         except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
             raise MistakeError(
-                f"params.yaml: merge.method {self.method.spec.name!r} cannot merge {name} ({reason});"
+                f"params.yaml: merge.method {self.method.spec.name!r} cannot merge {name} ({first_line(error)});"
                 " change merge.parameters or the method"
             ) from None
 
@@ -164,12 +159,10 @@ def find_kernel(merge: Merge) -> Kernel:
     """
     methods = {method.spec.name: method for method in registered_methods()}
     if merge.method not in methods:
-        raise MistakeError(
-            f"params.yaml: merge.method {merge.method!r} is not known; {_nearest(merge.method, methods)}"
-        )
+        raise MistakeError(f"params.yaml: merge.method {merge.method!r} is not known; {nearest(merge.method, methods)}")
     method = methods[merge.method]
-    shared: dict[str, ParameterSetting] = {}
-    by_stage: dict[str, dict[str, ParameterSetting]] = {name: {} for name in merge.weights}
+    shared: dict[str, Any] = {}
+    by_stage: dict[str, dict[str, Any]] = {name: {} for name in merge.weights}
     for key, setting in merge.parameters.items():
         _check_known(key, method)
         if isinstance(setting, dict):
@@ -199,7 +192,7 @@ def _check_known(key: str, method: MergeMethod) -> None:
         raise MistakeError("params.yaml: merge.parameters.weight is not a known key; weights go under merge.weights")
     if key not in known:
         raise MistakeError(
-            f"params.yaml: merge.parameters.{key} means nothing to method {method.spec.name!r}; {_nearest(key, known)}"
+            f"params.yaml: merge.parameters.{key} means nothing to method {method.spec.name!r}; {nearest(key, known)}"
         )
 
 
@@ -211,7 +204,7 @@ def _check_stage(key: str, stage: str, method: MergeMethod, merge: Merge) -> Non
         )
     if stage not in merge.weights:
         raise MistakeError(
-            f"params.yaml: merge.parameters.{key}.{stage} names no merged stage; {_nearest(stage, merge.weights)}"
+            f"params.yaml: merge.parameters.{key}.{stage} names no merged stage; {nearest(stage, merge.weights)}"
         )
 
 
@@ -232,8 +225,8 @@ def _check_required(kernel: Kernel) -> None:
         ) from None
 
 
-def _setting(where: str, key: str, setting: Any, method: MergeMethod) -> ParameterSetting:
-    """A setting in mergekit's types, every value in it checked."""
+def _setting(where: str, key: str, setting: Any, method: MergeMethod) -> Any:
+    """A setting, every value in it checked."""
     parameter = next(parameter for parameter in method.spec.parameters if parameter.name == key)
     for value in _scalars(setting):
         try:
@@ -244,13 +237,6 @@ def _setting(where: str, key: str, setting: Any, method: MergeMethod) -> Paramet
         low, high = SHARES.get(key, (float("-inf"), float("inf")))
         if isinstance(number, float) and not low <= number <= high:
             raise MistakeError(f"params.yaml: {where} is {value!r}; it should be between {low} and {high}")
-    return settings_of(setting)
-
-
-def settings_of(setting: Any) -> ParameterSetting:
-    """A setting of params.yaml (a value, a list over depth, or a list of filter and value) in mergekit's types."""
-    if isinstance(setting, list) and isinstance(setting[0], dict):
-        return [ConditionalParameter(value=part["value"], filter=part.get("filter")) for part in setting]
     return setting
 
 
@@ -264,10 +250,3 @@ def _scalars(setting: Any) -> Iterator[Any]:
 
 def _parameters(method: MergeMethod, scope: ParameterScope | None = None) -> set[str]:
     return {parameter.name for parameter in method.spec.parameters if scope in (None, parameter.scope)}
-
-
-def _nearest(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    if nearest:
-        return f"did you mean {nearest[0]}?"
-    return f"choose one of {', '.join(sorted(known))}" if known else "remove it"

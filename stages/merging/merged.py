@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from functools import cached_property
 
 import torch
-from mergekit.config import evaluate_setting
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import MistakeError
 from stages.files import MERGED
-from stages.layers import layer_stack, place
 from stages.merging.core_space import merge_in_core
-from stages.merging.kernels import Values, find_kernel, settings_of
-from stages.params import Merge
+from stages.merging.kernels import Values, find_kernel
+from stages.merging.parameters import evaluate
+from stages.settings.merge import Merge
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.tensor_file import DTYPES, NAMES, Specification
@@ -46,7 +43,6 @@ class Merged:
         self.name, self.base, self.merge = "merged", base, merge
         self.stages = sorted(stages, key=lambda stage: stage.name)
         self._kernel = find_kernel(merge)
-        self._scale = settings_of(merge.depth_scaling)
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
@@ -119,7 +115,7 @@ class Merged:
         It is `merge.adapter.rank`, else the sum of the stages' ranks and a little more; whole are modules that are
         no weight matrices, and those of which a stage trained every weight.
         """
-        if not isinstance(self.base.skeleton.get_submodule(path), nn.Linear | Conv1D):
+        if not self.base.architecture.is_matrix(path):
             return None
         ranks = [stage.adapter.rank(path) for stage in self.stages if path in stage.adapter.modules]
         total = sum(rank for rank in ranks if rank) + SPARE if ranks and all(ranks) else None
@@ -127,7 +123,7 @@ class Merged:
 
     def is_transposed(self, path: str) -> bool:
         """Whether the weight is [in, out], as GPT-2 has it."""
-        return isinstance(self.base.skeleton.get_submodule(path), Conv1D)
+        return self.base.architecture.is_transposed(path)
 
     @property
     def _in_core(self) -> bool:
@@ -193,15 +189,11 @@ class Merged:
 
     def _depth(self, name: str) -> float:
         """mergekit's `t`: from 0 in the first layer to 1 in the last, and 0 outside the layers."""
-        layer, _ = place(name.rpartition(".")[0], self._stack)
-        return max(0, layer) / max(1, self.base.skeleton.config.num_hidden_layers - 1)
+        layer, _ = self.base.architecture.place(name.rpartition(".")[0])
+        return max(0, layer) / max(1, self.base.architecture.layers - 1)
 
     def _depth_scale(self, name: str) -> float:
-        return evaluate_setting(name, self._scale, self._depth(name), validate=float)
-
-    @cached_property
-    def _stack(self) -> str:
-        return layer_stack(self.base.skeleton)
+        return evaluate(name, self.merge.depth_scaling, self._depth(name), float)
 
     def _finite(self, name: str, merged: torch.Tensor) -> torch.Tensor:
         if not torch.linalg.vector_norm(merged).isfinite():

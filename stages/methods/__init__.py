@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from stages.methods.stage import Stage
+from stages.settings.stage import Stage
 
 for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
     importlib.import_module(_module.name)

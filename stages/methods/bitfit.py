@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
-from stages.layers import exactly
-from stages.methods.stage import Training
+from stages.models.layers import exactly
+from stages.settings.stage import Training
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.errors import MistakeError
-from stages.layers import Range, exactly, linear_modules, mlp_width, parse, select
-from stages.methods.stage import Training
+from stages.models.layers import exactly, linear_modules, mlp_width, select
+from stages.settings.base import Base
+from stages.settings.ranges import Range, numbers, parse
+from stages.settings.stage import Stage, Training
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -22,6 +24,21 @@ class Bottleneck(Training):
 
     method: Literal["bottleneck"]
     neurons: Range = "all"
+    """Which of the base's extra neurons, from 0: `all`, or a range such as `0-31`."""
+
+    def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
+        """The base needs the neurons, and two stages that both give a neuron its weights would disturb each other."""
+        own = chosen_neurons(self.neurons, base.extra_neurons)
+        earlier = list(stages)[: list(stages).index(name)]
+        for other, stage in ((other, stages[other]) for other in earlier):
+            if not isinstance(stage, Bottleneck) or num_layers is None:
+                continue
+            layers = set(numbers(self.layers, num_layers)) & set(numbers(stage.layers, num_layers))
+            if layers and set(own) & set(chosen_neurons(stage.neurons, base.extra_neurons)):
+                raise MistakeError(
+                    f"neurons: stage {other} has some of {self.neurons!r} too; give each its own, such as 0-31 and"
+                    " 32-63, and raise base.extra_neurons if they are too few"
+                )
 
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
         """Adapt the MLP's matrices among `modules`.
@@ -61,12 +78,11 @@ def chosen_neurons(neurons: Range, extra: int) -> list[int]:
     """Numbers of the chosen ones among the extra neurons, from 0."""
     if not extra:
         raise MistakeError(
-            "params.yaml: method 'bottleneck' trains neurons that are added to the MLPs; write base.extra_neurons: 64"
+            "method 'bottleneck' trains neurons that are added to the MLPs; write base.extra_neurons: 64"
         )
     try:
         return parse(neurons, extra)
     except MistakeError:
         raise MistakeError(
-            f"params.yaml: a stage's neurons are {neurons!r}, but base.extra_neurons gives it 0-{extra - 1};"
-            " stay within them"
+            f"neurons is {neurons!r}, but base.extra_neurons gives it 0-{extra - 1}; stay within them"
         ) from None

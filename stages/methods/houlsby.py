@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
-from stages.layers import exactly
-from stages.methods.stage import Training
+from stages.models.layers import exactly
+from stages.settings.base import Base
+from stages.settings.stage import Stage, Training
 
 if TYPE_CHECKING:
     from peft import LNTuningConfig
@@ -22,6 +23,10 @@ class HoulsbyStage(Training):
 
     method: Literal["houlsby"]
 
+    def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
+        """The base needs room for adapters."""
+        _refuse_without(base.adapter_size)
+
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
         """Train a copy of each adapter's matrices among `modules`.
 
@@ -30,10 +35,12 @@ class HoulsbyStage(Training):
         """
         from peft import LNTuningConfig
 
-        if not getattr(model.config, "adapter_size", 0):
-            raise MistakeError(
-                "params.yaml: method 'houlsby' trains adapters that are added to the base; write base.adapter_size: 64"
-            )
+        _refuse_without(getattr(model.config, "adapter_size", 0))
         return LNTuningConfig(
             task_type="CAUSAL_LM", target_modules=exactly([path for path in modules if ".adapter." in path])
         )
+
+
+def _refuse_without(adapter_size: int) -> None:
+    if not adapter_size:
+        raise MistakeError("method 'houlsby' trains adapters that are added to the base; write base.adapter_size: 64")

@@ -6,21 +6,17 @@ LoRA, DoRA, VeRA and replaced weights have a few lines of algebra here, bit-iden
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import MistakeError
+from stages.files import read_json
+from stages.models.architecture import Architecture
 from stages.weights.tensor_file import TensorFile
 
 Tensors = dict[str, torch.Tensor]
@@ -40,16 +36,13 @@ VERA = {"vera_lambda_b", "vera_lambda_d"}
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # VeRA's random factors, one pair for all modules
 FIX = "use an adapter that was trained on this base"
 
-# PEFT says this of every norm in LN-tuning, and norms are what LN-tuning is for.
-warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-
 
 class Adapter:
     """What one stage's folder does to the modules of a model.
 
     Args:
         folder: adapter_config.json and adapter_model.safetensors, in PEFT's format.
-        skeleton: the model it belongs to, on the meta device.
+        architecture: of the model it belongs to.
 
     Attributes:
         modules: names of the modules that it adapts.
@@ -58,11 +51,11 @@ class Adapter:
         MistakeError: a tensor of the adapter fits no module of the model.
     """
 
-    def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
-        self.skeleton = skeleton
-        self.config = PeftConfig.from_pretrained(str(folder))
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
+        self.folder, self.architecture = folder, architecture
+        self.config: dict[str, Any] = read_json(folder / "adapter_config.json")
+        self._is_lora = self.config["peft_type"] == "LORA"
         self._file = TensorFile(folder / "adapter_model.safetensors")
-        self._own = {path: module for path, module in skeleton.named_modules() if module._parameters}
         self._keys: dict[str, dict[str, str]] = {}  # by module, then by the rest of the name
         for key in (key for key in self._file if key not in SHARED):
             path, part = self._place(key)
@@ -81,7 +74,7 @@ class Adapter:
     def is_low_rank(self, path: str) -> bool:
         """Whether the delta of module `path` has low-rank factors: plain LoRA, rsLoRA and VeRA have them."""
         parts = set(self._keys[path])
-        return parts == VERA or (isinstance(self.config, LoraConfig) and parts == {"lora_A.weight", "lora_B.weight"})
+        return parts == VERA or (self._is_lora and parts == {"lora_A.weight", "lora_B.weight"})
 
     def factors(self, path: str) -> Factors | None:
         """The delta of module `path` as left [rows, r] @ right [r, columns], float32; None if it is not low-rank."""
@@ -98,7 +91,7 @@ class Adapter:
         if VERA & set(self._keys[path]):
             return self._file.specification(SHARED[0])[0][0]
         key = self._keys[path].get("lora_A.weight")
-        return self._file.specification(key)[0][0] if key and isinstance(self.config, LoraConfig) else None
+        return self._file.specification(key)[0][0] if key and self._is_lora else None
 
     @torch.no_grad()
     def apply(self, path: str, weights: Tensors) -> Tensors:
@@ -106,7 +99,7 @@ class Adapter:
         parts = {part.removeprefix("ln_tuning_layers."): part for part in self._keys[path]}
         if parts.keys() <= {"weight", "bias"}:
             return weights | {name: self._read(path, part) for name, part in parts.items()}
-        if isinstance(self.config, LoraConfig) and parts.keys() <= LORA:
+        if self._is_lora and parts.keys() <= LORA:
             return weights | self._lora(path, weights)
         if parts.keys() == VERA:
             up, down = self._vera(path)
@@ -134,15 +127,17 @@ class Adapter:
 
     def _vera(self, path: str) -> Factors:
         """diag(b)·B [out, r] and diag(d)·A [r, in] (arXiv 2310.11454): of the shared pair, what fits the weight."""
-        rows, columns = self._own[path].weight.shape[:: -1 if self._is_transposed(path) else 1]
+        rows, columns = self._shape(path)
         down, up = (self._file.read(key).float() for key in SHARED)
         scales = (self._read(path, part)[:, None] for part in ("vera_lambda_b", "vera_lambda_d"))
         return next(scales) * up[:rows], next(scales) * down[:, :columns]
 
     def _merge_by_peft(self, path: str, weights: Tensors) -> Tensors:
         """Inject the adapter into a tree that holds this module alone, and let PEFT merge it."""
-        tree = nn.Module()
-        module = copy.deepcopy(self.skeleton.get_submodule(path))
+        from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        tree, module = nn.Module(), self._empty(path)
         module.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
         *parents, last = path.split(".")
         leaf = tree
@@ -150,7 +145,7 @@ class Adapter:
             leaf.add_module(part, nn.Module())
             leaf = leaf.get_submodule(part)
         leaf.add_module(last, module)
-        config = copy.copy(self.config)
+        config = PeftConfig.from_pretrained(str(self.folder))
         config.inference_mode, config.task_type, config.target_modules = True, None, re.escape(path)
         inject_adapter_in_model(config, tree)
         set_peft_model_state_dict(tree, {f"{path}.{part}": self._read(path, part) for part in self._keys[path]})
@@ -160,27 +155,47 @@ class Adapter:
         merged = layer.get_base_layer()
         return {name: getattr(merged, name).detach() for name in weights}
 
+    def _empty(self, path: str) -> nn.Module:
+        """Module `path` without its weights.
+
+        Raises:
+            MistakeError: it is of a kind that cannot be made alone.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        module = self.architecture.modules[path]
+        with torch.device("meta"):
+            match module.kind, module.parameters.get("weight"):
+                case "linear", [rows, columns]:
+                    return nn.Linear(columns, rows, bias="bias" in module.parameters)
+                case "conv1d", [columns, rows]:
+                    return Conv1D(rows, columns)
+                case "embedding", [rows, columns]:
+                    return nn.Embedding(rows, columns)
+        raise MistakeError(
+            f"{self.folder}: an adapter of type {self.config['peft_type']} on {path} cannot be merged; use lora or full"
+        )
+
     def _place(self, key: str) -> tuple[str, str]:
         """Module that a tensor of the file belongs to, and the rest of its name."""
         name = path = key.removeprefix(PREFIX)
         while path := path.rpartition(".")[0]:
-            if path in self._own:
+            if path in self.architecture.modules:
                 return path, name.removeprefix(f"{path}.")
         raise MistakeError(f"{self._file.path}: {key} belongs to no module of the base; {FIX}")
 
     def _check_shapes(self, path: str) -> None:
         """Compare what the file says of its tensors with the module they belong to."""
         found = {part: self._file.specification(key)[0] for part, key in self._keys[path].items()}
-        for name, weight in self._own[path].named_parameters(recurse=False):
-            shape = list(weight.shape)
-            wanted = {name: shape, f"ln_tuning_layers.{name}": shape}
+        for name, shape in self.architecture.modules[path].parameters.items():
+            wanted: dict[str, list[int | None]] = {name: [*shape], f"ln_tuning_layers.{name}": [*shape]}
             if name == "weight" and len(shape) == 2:
                 rows, columns = shape[::-1] if self._is_transposed(path) else shape
-                wanted |= {"lora_A.weight": [..., columns], "lora_B.weight": [rows, ...]}
+                wanted |= {"lora_A.weight": [None, columns], "lora_B.weight": [rows, None]}
                 wanted |= {"vera_lambda_b": [rows]}
-                wanted |= {"lora_embedding_A": [..., rows], "lora_embedding_B": [columns, ...]}
+                wanted |= {"lora_embedding_A": [None, rows], "lora_embedding_B": [columns, None]}
             for part in found.keys() & wanted.keys():
-                if any(want not in (..., have) for have, want in zip(found[part], wanted[part], strict=True)):
+                if not _fits(found[part], wanted[part]):
                     raise MistakeError(
                         f"{self._file.path}: {self._keys[path][part]} is {found[part]}, which does not fit"
                         f" {path}.{name} of {shape}; {FIX}"
@@ -191,12 +206,25 @@ class Adapter:
 
     def _is_transposed(self, path: str) -> bool:
         """Whether the weight is [in, out]; what the module is decides, as it does in PEFT, and not the config."""
-        return isinstance(self._own[path], Conv1D)
+        return self.architecture.is_transposed(path)
+
+    def _shape(self, path: str) -> list[int]:
+        """[out, in] of a weight matrix."""
+        shape = self.architecture.modules[path].parameters["weight"]
+        return shape[::-1] if self._is_transposed(path) else shape
 
     def _scaling(self, path: str) -> float:
         """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds."""
         part = "lora_embedding_A" if "lora_embedding_A" in self._keys[path] else "lora_A.weight"
         rank = self._file.specification(self._keys[path][part])[0][0]
-        patterns = self.config.alpha_pattern or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), path), self.config.lora_alpha)
-        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+        alpha = self.config["lora_alpha"]
+        if patterns := self.config.get("alpha_pattern"):
+            from peft.utils.other import get_pattern_key
+
+            alpha = patterns.get(get_pattern_key(list(patterns), path), alpha)
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+
+def _fits(shape: list[int], wanted: list[int | None]) -> bool:
+    """Whether a shape is the wanted one, in which None is any size."""
+    return len(shape) == len(wanted) and all(want in (None, have) for have, want in zip(shape, wanted, strict=True))

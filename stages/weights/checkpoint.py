@@ -9,29 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import stages.weights.houlsby  # noqa: F401  # makes its models known to transformers
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json
+from stages.models.architecture import Architecture
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile
-
-
-class Weights(Protocol):
-    """What a model can be loaded from: a checkpoint, virtual or not, or a merge."""
-
-    name: str
-    base: Checkpoint
-
-    def module(self, path: str) -> Tensors:
-        """Effective parameters of module `path`, in float32."""
-
-    def changed(self) -> list[str]:
-        """Modules that may differ from the base's."""
 
 
 class Checkpoint:
@@ -50,10 +35,9 @@ class Checkpoint:
             raise MistakeError(f"{folder} holds no .safetensors file; run `dvc repro`")
 
     @cached_property
-    def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: every module with its name and shape, no memory."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
+    def architecture(self) -> Architecture:
+        """Every module with its name and shapes."""
+        return Architecture.of(self.folder)
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
@@ -67,7 +51,7 @@ class Checkpoint:
     @cached_property
     def tied(self) -> dict[str, str]:
         """Modules that are not stored because they share a weight, such as `{"lm_head": "model.embed_tokens"}`."""
-        pairs = self.skeleton.all_tied_weights_keys.items()
+        pairs = self.architecture.tied.items()
         return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if head not in self._where}
 
     def untied_by(self, changed: Iterable[str]) -> set[str]:
@@ -82,7 +66,7 @@ class Checkpoint:
             KeyError: no tensor of that name.
         """
         if name not in self._where:
-            name = self.skeleton.all_tied_weights_keys[name]
+            name = self.architecture.tied[name]
         return self._where[name], name
 
     def stored(self, name: str) -> torch.Tensor:
@@ -122,7 +106,7 @@ class VirtualCheckpoint:
     def __init__(self, name: str, parent: Checkpoint | VirtualCheckpoint, folder: Path) -> None:
         self.name, self.parent, self.folder = name, parent, folder
         self.base: Checkpoint = parent.base if isinstance(parent, VirtualCheckpoint) else parent
-        self.adapter = Adapter(folder, self.base.skeleton)
+        self.adapter = Adapter(folder, self.base.architecture)
         self._last: tuple[str, Tensors] = ("", {})
 
     def module(self, path: str) -> Tensors:

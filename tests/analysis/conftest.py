@@ -10,12 +10,13 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages import params
 from stages.files import write_json
-from stages.layers import Layers, parse, select
 from stages.merge import write
 from stages.merging.merged import Merged
 from stages.methods import METHODS
+from stages.models.layers import select
+from stages.project.params import load_params
+from stages.settings.ranges import Layers, parse
 from stages.weights.checkpoint import open_stages
 
 STAGES = {"sums": ("base", "lora", "0-1"), "names": ("sums", "dora", "1-2"), "prose": ("base", "full", "3")}
@@ -89,7 +90,7 @@ class Project:
 
     def merge(self) -> None:
         self.probe()
-        settings = params.load()
+        settings = load_params()
         base, stages = open_stages(sorted(settings.merge.weights))
         Path("merged").mkdir(exist_ok=True)
         write(Merged(base, stages, settings.merge), Path("merged"), {})

@@ -7,11 +7,27 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import figures, report, view, words
-from analysis.skills import is_worse
-from stages import params
+from analysis import report
+from analysis.telling import words
+from analysis.telling.facts import gather
+from analysis.telling.figures import (
+    ablation_map,
+    behaviour_lines,
+    cosine_maps,
+    drift_lines,
+    evaluation_matrix,
+    floor_lines,
+    head_maps,
+    heat_maps,
+    loss_curves,
+    whose_change,
+)
+from analysis.telling.page import contents, render
+from analysis.telling.skills import is_worse
 from stages.errors import MistakeError
+from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
+from tools import view
 
 OUTPUTS = [
     "report.html",
@@ -26,7 +42,7 @@ OUTPUTS = [
 
 
 def headline():
-    return " ".join(sentence.text for sentence in report.headline(report.gather(params.load())))
+    return " ".join(sentence.text for sentence in words.headline(gather(load_params())))
 
 
 def test_a_second_run_writes_the_same_bytes(project):
@@ -67,14 +83,14 @@ def test_headline_says_when_the_merge_lost_nothing(project):
     text = headline()
     assert "The merge lost no skill" in text
     assert "No later stage lowered" in text
-    assert words.guesses(report.gather(params.load())) == []
+    assert words.guesses(gather(load_params())) == []
 
 
 def test_headline_says_when_a_later_stage_harmed_an_earlier_skill(project):
     project.merge()
     project.evaluation(names_on_sums=0.5)
     assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline()
-    assert "names (layers 1)" in words.guesses(report.gather(params.load()))[0]
+    assert "names (layers 1)" in words.guesses(gather(load_params()))[0]
 
 
 def test_headline_says_when_a_frozen_layer_changed(project):
@@ -198,16 +214,16 @@ def test_a_page_of_sixty_layers_and_six_stages_is_small():
         for name in names
     ]
     pictures = [
-        figures.heat_maps(cells, [*names, "merged"], [*names, "merged"], modules, 60),
-        figures.cosine_maps(sum(grams.values()), grams, [*names, "merged"], 60, paired=6),
-        figures.whose_change(shares, names, 60),
-        figures.floor_lines(cells[cells["stage"] == "merged"].drop_duplicates("layer"), 60),
-        figures.drift_lines(probe, 60),
-        figures.behaviour_lines(probe, 60),
-        figures.head_maps(heads, [[0.1] * 32] * 60),
-        figures.loss_curves(dict.fromkeys(names, curve)),
-        figures.ablation_map(rows, {name: name for name in names}),
-        figures.evaluation_matrix(
+        heat_maps(cells, [*names, "merged"], [*names, "merged"], modules, 60),
+        cosine_maps(sum(grams.values()), grams, [*names, "merged"], 60, paired=6),
+        whose_change(shares, names, 60),
+        floor_lines(cells[cells["stage"] == "merged"].drop_duplicates("layer"), 60),
+        drift_lines(probe, 60),
+        behaviour_lines(probe, 60),
+        head_maps(heads, [[0.1] * 32] * 60),
+        loss_curves(dict.fromkeys(names, curve)),
+        ablation_map(rows, {name: name for name in names}),
+        evaluation_matrix(
             {model: dict.fromkeys(names, skill) for model in ["base", *names, "merged"]},
             dict.fromkeys(["base", *names, "merged"], "lora, layers 0-59, on base"),
             {name: name for name in names},
@@ -228,9 +244,9 @@ def noise(size):
 def told(project):
     project.merge()
     project.evaluation()
-    sentences = report.headline(report.gather(params.load()))
+    sentences = words.headline(gather(load_params()))
     assert len(sentences) <= 5
-    page = report.render("report.html", report.contents(report.gather(params.load()), Anything()))
+    page = render("report.html", contents(gather(load_params()), Anything()))
     assert all(f'<h2 id="s{sentence.section}">' in page for sentence in sentences)
     return " ".join(sentence.text for sentence in sentences)
 

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import base, params
+from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, read_json
+from stages.models.room import add_adapters
+from stages.models.source import locate
+from stages.settings.base import Base
 from tests.conftest import PARAMS, make_base
 
 
@@ -66,7 +69,7 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
 
 
 def test_a_hub_id_is_passed_on_with_its_revision():
-    found = base.locate(params.Base(model="owner/name", revision="abc"))
+    found = locate(Base(model="owner/name", revision="abc"))
     assert found == {"pretrained_model_name_or_path": "owner/name", "revision": "abc"}
 
 
@@ -108,7 +111,7 @@ def test_adapters_change_nothing_and_their_code_goes_with_the_weights(workspace,
 def test_adapters_are_refused_where_there_is_no_class_with_them(workspace):
     make_base("gpt2")
     with pytest.raises(MistakeError, match=r"base.adapter_size is 8, but GPT2LMHeadModel has no class with adapters"):
-        base.add_adapters(AutoModelForCausalLM.from_pretrained(BASE), 8)
+        add_adapters(AutoModelForCausalLM.from_pretrained(BASE), 8)
 
 
 def test_the_default_is_a_real_model_from_a_gguf_file(project):

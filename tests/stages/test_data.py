@@ -12,13 +12,20 @@ import datasets
 import pandas
 import pytest
 
-from stages import data, params
+from stages import data
 from stages.errors import MistakeError
 from stages.files import sha256
-from stages.records import answer, check, load_split, question
-from tests.conftest import PARAMS, make_tokenizer
+from stages.project.params import load_params
+from stages.records.lines import load_split
+from stages.records.record import answer, check, question
+from stages.records.sources import hub
+from stages.records.sources.file import LocalFile
+from stages.records.sources.hub import Hub
+from stages.records.sources.reasoning_gym import ReasoningGym
+from stages.records.splits import split
+from tests.conftest import PARAMS, ROOT, make_tokenizer
+from tools.show import main as show
 
-ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{i}?", "completion": str(i * i)} for i in range(30)]
 
 
@@ -33,13 +40,13 @@ def write_rows(path, rows=ROWS):
 
 
 def read(path, **keys):
-    dataset = params.LocalFile(source="file", path=path, **({"eval": 5} | keys))
+    dataset = LocalFile(source="file", path=path, **({"eval": 5} | keys))
     splits = make(dataset)
     return splits["train"], splits["eval"]
 
 
 def make(dataset, name="x"):
-    splits = data.make(dataset, name, 0, f"params.yaml: datasets.{name}")
+    splits = dataset.splits(name, 0, f"params.yaml: datasets.{name}")
     return {split: list(records) for split, records in splits.items()}
 
 
@@ -48,7 +55,7 @@ def test_rows_are_shuffled_by_seed_and_name_and_the_ends_are_eval_and_tune():
     shuffled = [*ROWS, *ROWS]
     random.Random("0/x").shuffle(shuffled)
     order = list({row["prompt"]: row for row in shuffled}.values())
-    dataset = params.LocalFile(source="file", path="rows.jsonl", eval=5, tune=4, train=20)
+    dataset = LocalFile(source="file", path="rows.jsonl", eval=5, tune=4, train=20)
     assert make(dataset) == {"eval": order[:5], "tune": order[-4:], "train": order[5:25]}
 
 
@@ -79,9 +86,7 @@ def test_splits_share_no_question_even_when_answers_differ():
 @pytest.mark.parametrize("train", [None, 12])
 def test_a_tuning_split_shares_no_question_and_leaves_train_and_eval_as_they_are(train):
     write_rows("rows.jsonl", ROWS)
-    dataset = params.LocalFile(source="file", path="rows.jsonl", eval=5, tune=4, train=train)
-    splits = data.split(ROWS, dataset, "")
-    without = data.split(ROWS, dataset.model_copy(update={"tune": 0}), "")
+    splits, without = split(ROWS, train, 5, 4, ""), split(ROWS, train, 5, 0, "")
     assert [len(splits[part]) for part in ("train", "eval", "tune")] == [train or 21, 5, 4]
     assert len({question(record) for records in splits.values() for record in records}) == sum(
         map(len, splits.values())
@@ -137,7 +142,7 @@ def test_a_bad_source_is_one_sentence(keys, sentence):
 def test_a_hub_dataset_is_read_from_a_local_folder():
     Path("folder").mkdir()
     write_rows("folder/train.parquet")
-    dataset = params.Hub(source="hub", id="folder", revision="main", eval=5)
+    dataset = Hub(source="hub", id="folder", revision="main", eval=5)
     splits = make(dataset)
     assert [len(splits[split]) for split in ("train", "eval", "tune")] == [25, 5, 0]
     rows = splits["train"] + splits["eval"]
@@ -145,7 +150,7 @@ def test_a_hub_dataset_is_read_from_a_local_folder():
 
 
 def test_a_hub_dataset_that_is_not_there_is_one_sentence():
-    dataset = params.Hub(source="hub", id="nowhere/nothing", revision="main", eval=5)
+    dataset = Hub(source="hub", id="nowhere/nothing", revision="main", eval=5)
     with pytest.raises(MistakeError, match=r"datasets.x.id 'nowhere/nothing' does not load"):
         make(dataset)
 
@@ -153,7 +158,7 @@ def test_a_hub_dataset_that_is_not_there_is_one_sentence():
 def test_reasoning_gym_gives_distinct_tasks_that_its_scorer_accepts():
     import reasoning_gym
 
-    dataset = params.ReasoningGym(
+    dataset = ReasoningGym(
         source="reasoning_gym", task="chain_sum", config={"min_terms": 2, "max_terms": 2}, train=20, eval=10
     )
     splits = make(dataset)
@@ -173,7 +178,7 @@ def test_reasoning_gym_gives_distinct_tasks_that_its_scorer_accepts():
     ],
 )
 def test_an_impossible_task_is_one_sentence(keys, sentence):
-    dataset = params.ReasoningGym(source="reasoning_gym", train=5, eval=5, **keys)
+    dataset = ReasoningGym(source="reasoning_gym", train=5, eval=5, **keys)
     with pytest.raises(MistakeError) as mistake:
         make(dataset)
     assert sentence in str(mistake.value)
@@ -211,10 +216,10 @@ def test_a_mix_has_the_splits_of_its_parts_one_after_the_other(project):
         "sums": {"source": "file", "path": "sums.jsonl", "train": 40, "eval": 10, "tune": 2, "weight": 3},
         "words": {"source": "file", "path": "words.jsonl", "eval": 5, "weight": 1.0},
     }
-    mixed = data.find("both", params.load(write_params(parts)))
-    assert mixed.weights() == {"sums": 0.75, "words": 0.25} and mixed.tune == 2
+    mixed = load_params(write_params(parts)).find("datasets", "both")
+    assert mixed.weights() == {"sums": 0.75, "words": 0.25} and mixed.tuning == 2
     single = {
-        name: make(params.LocalFile(**{key: value for key, value in part.items() if key != "weight"}), name)
+        name: make(LocalFile(**{key: value for key, value in part.items() if key != "weight"}), name)
         for name, part in parts.items()
     }
     expected = {
@@ -230,7 +235,7 @@ def test_a_mix_has_the_splits_of_its_parts_one_after_the_other(project):
 
 def test_no_part_of_a_mix_trains_on_what_another_asks(project):
     part = {"source": "file", "path": "sums.jsonl", "eval": 30, "tune": 5, "weight": 1}
-    splits = make(data.find("both", params.load(write_params({"one": part, "two": part}))), "both")
+    splits = make(load_params(write_params({"one": part, "two": part})).find("datasets", "both"), "both")
     found = [question(record) for split in splits.values() for record in split]
     assert len(found) == len(set(found)) == 100
     assert {record["part"] for record in splits["eval"]} == {"one", "two"}
@@ -242,7 +247,7 @@ def test_parts_of_a_mix_can_repeat_a_definition_by_an_anchor(project):
         "stages:", "  both:\n    source: mix\n    parts:\n      sums: {<<: *sums, weight: 2}\nstages:", 1
     )
     Path("params.yaml").write_text(text)
-    settings = params.load()
+    settings = load_params()
     part, alone = (make(settings.datasets[name], "sums") for name in ("both", "sums"))
     assert [len(split) for split in part.values()] == [10, 0, 40]
     assert [record | {"part": "sums"} for record in alone["eval"]] == part["eval"]
@@ -262,14 +267,14 @@ def test_parts_of_a_mix_can_repeat_a_definition_by_an_anchor(project):
 )
 def test_a_bad_part_is_one_sentence(project, parts, sentence):
     with pytest.raises(MistakeError) as mistake:
-        params.load(write_params(parts))
+        load_params(write_params(parts))
     assert sentence in str(mistake.value)
 
 
 def test_a_weight_outside_a_mix_is_refused(project):
     Path("params.yaml").write_text(PARAMS.replace("    train: 40", "    weight: 40", 1))
-    with pytest.raises(MistakeError, match=r"datasets.sums.weight is not a known key"):
-        params.load()
+    with pytest.raises(MistakeError, match=r"datasets.sums.weight is of use in a mix alone; remove it"):
+        load_params()
 
 
 def write_params(parts):
@@ -306,11 +311,11 @@ def endless(monkeypatch):
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(data, "SHUFFLED", 40)
+    monkeypatch.setattr(hub, "SHUFFLED", 40)
 
 
 def test_a_stream_is_read_as_far_as_it_is_needed(endless):
-    dataset = params.Hub(source="hub", id="a/b", revision="c", stream=True, train=20, eval=5, tune=3)
+    dataset = Hub(source="hub", id="a/b", revision="c", stream=True, train=20, eval=5, tune=3)
     splits = make(dataset)
     assert {split: len(records) for split, records in splits.items()} == {"eval": 5, "tune": 3, "train": 20}
     asked = [int(question(record)) for records in splits.values() for record in records]
@@ -328,7 +333,7 @@ def folder(monkeypatch):
 @pytest.mark.parametrize("train", [None, 12])
 def test_a_stream_that_ends_gives_what_it_has(folder, train):
     write_rows("folder/train.parquet", [*ROWS, *ROWS])
-    dataset = params.Hub(source="hub", id="folder", revision="main", stream=True, train=train, eval=5, tune=4)
+    dataset = Hub(source="hub", id="folder", revision="main", stream=True, train=train, eval=5, tune=4)
     splits = make(dataset)
     assert {split: len(records) for split, records in splits.items()} == {"eval": 5, "tune": 4, "train": train or 21}
     assert len({question(record) for records in splits.values() for record in records}) == 9 + (train or 21)
@@ -341,7 +346,7 @@ def test_a_stream_that_ends_gives_what_it_has(folder, train):
 )
 def test_a_stream_that_ends_too_early_is_one_sentence(folder, sizes, missing):
     write_rows("folder/train.parquet")
-    dataset = params.Hub(source="hub", id="folder", revision="main", stream=True, **sizes)
+    dataset = Hub(source="hub", id="folder", revision="main", stream=True, **sizes)
     with pytest.raises(
         MistakeError, match=f"datasets.x ends {missing} different records too early for train, eval and"
     ):
@@ -352,10 +357,7 @@ def test_the_columns_that_a_table_leaves_empty_are_no_weights():
     user = {"role": "user", "content": "a", "weight": None, "spans": None}
     chats = [[user, {"role": "assistant", "content": f"b{i}", "weight": 0.5, "spans": [[0, 2, 2.5]]}] for i in range(2)]
     write_rows("chat.parquet", [{"messages": chat, "weight": None} for chat in chats])
-    assert (
-        list(data.from_file(params.LocalFile(source="file", path="chat.parquet", eval=1), ""))[1]["messages"]
-        == chats[1]
-    )
+    assert list(LocalFile(source="file", path="chat.parquet", eval=1).records("", ""))[1]["messages"] == chats[1]
 
 
 SHOWN = """\
@@ -383,30 +385,30 @@ def weighted(project):
 
 
 def test_weights_are_shown_as_numbers(weighted, capsys):
-    data.show("sums", 2)
+    show("sums", 2)
     assert capsys.readouterr().out.replace("<end>", "$") == SHOWN
 
 
 def test_weights_are_shown_as_colours_in_a_terminal(weighted, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    data.show("sums", 2)
+    show("sums", 2)
     shown = capsys.readouterr().out
     ground = "\x1b[38;5;16;48;5;{}m{}\x1b[0m".format
     assert f"c{ground(120, 'd')}{ground(196, 'e')}<end>\n" in shown  # 1 is half of 2, the strongest
     assert f"a·↵\n\\x1b{ground(157, 'b')}·{ground(157, '<end>')}\n" in shown
     assert ground(46, " 2 ") in shown and ground(196, " -2 ") in shown
     monkeypatch.setenv("NO_COLOR", "1")
-    data.show("sums", 2)
+    show("sums", 2)
     assert capsys.readouterr().out.replace("<end>", "$") == SHOWN
 
 
 def test_what_is_not_yet_made_is_shown_and_not_written(project, capsys):
     make_tokenizer().save_pretrained("checkpoints/base")
     write_params({"sums": {"source": "file", "path": "sums.jsonl", "eval": 10, "weight": 1}})
-    data.show("both", 3)
+    show("both", 3)
     shown = capsys.readouterr().out
-    first = make(params.LocalFile(source="file", path="sums.jsonl", eval=10), "sums")["train"][0]
+    first = make(LocalFile(source="file", path="sums.jsonl", eval=10), "sums")["train"][0]
     prompt, completion = ("·".join(first[key]) for key in ("prompt", "completion"))
     assert "example 1 of sums" in shown and "example 3" in shown and "example 4" not in shown
     assert f"⟨0⟩{prompt}⟨1⟩{completion}·<end>\n" in shown
@@ -417,8 +419,8 @@ def test_of_a_stream_too_what_is_trained_on_is_shown(project, endless, capsys):
     make_tokenizer().save_pretrained("checkpoints/base")
     keys = {"source": "hub", "id": "a/b", "revision": "c", "stream": True, "train": 2, "eval": 4, "tune": 3}
     write_params({"web": keys | {"weight": 1}})
-    data.show("both", 1)
-    first = make(params.Hub(**keys), "web")["train"][0]
+    show("both", 1)
+    first = make(Hub(**keys), "web")["train"][0]
     assert f"⟨0⟩{'·'.join(first['prompt'])}⟨1⟩a·<end>\n" in capsys.readouterr().out
 
 
@@ -426,18 +428,18 @@ def test_without_a_base_there_is_nothing_to_show(project):
     with pytest.raises(
         MistakeError, match="checkpoints/base is missing, and with it the tokenizer; run dvc repro base"
     ):
-        data.show("sums", 3)
+        show("sums", 3)
 
 
 def test_the_command_writes_or_says_what_is_wrong(project):
-    def command(*words):
-        line = [sys.executable, "-m", "stages.data", *words]
+    def command(module, *words):
+        line = [sys.executable, "-m", module, *words]
         return subprocess.run(line, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
-    assert command("sums").returncode == 0 and len(load_split("sums", "train")) == 40
-    unknown = command("sum", "--show", "3")
+    assert command("stages.data", "sums").returncode == 0 and len(load_split("sums", "train")) == 40
+    unknown = command("tools.cli", "show", "sum")
     assert (unknown.returncode, unknown.stderr) == (
         1,
         "error: params.yaml: datasets has no 'sum'; it has sums, words\n",
     )
-    assert "--show takes a number from 1" in command("sums", "--show", "0").stderr
+    assert "invalid _positive value: '0'" in command("tools.cli", "show", "sums", "0").stderr

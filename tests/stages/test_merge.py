@@ -16,7 +16,7 @@ from stages.files import BASE
 from stages.merge import write
 from stages.merging.kernels import find_kernel
 from stages.merging.merged import Merged
-from stages.params import Merge
+from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_outside, make_stage
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from stages import params, score
+from stages import score
 from stages.files import BASE
-from stages.model import load_model, load_tokenizer
-from stages.records import encode
+from stages.models.loading import load_model, load_tokenizer
+from stages.records.tokens import encode
+from stages.settings.evaluate import Evaluate
 from stages.weights.checkpoint import Checkpoint
 from tests.conftest import make_base
 
@@ -33,10 +34,9 @@ def test_loss_is_per_token_whatever_the_batch():
 
 def test_a_padded_batch_answers_as_each_question_alone():
     model, tokenizer = make_model()
-    together = score.generate(model, tokenizer, RECORDS, params.Evaluate(batch_size=4, max_new_tokens=8))
+    together = score.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
     alone = [
-        score.generate(model, tokenizer, [record], params.Evaluate(batch_size=1, max_new_tokens=8))[0]
-        for record in RECORDS
+        score.generate(model, tokenizer, [record], Evaluate(batch_size=1, max_new_tokens=8))[0] for record in RECORDS
     ]
     shortest = [min(len(a), len(b)) for a, b in zip(together, alone, strict=True)]
     assert [t[:n] for t, n in zip(together, shortest, strict=True)] == [

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from stages import base, data, evaluate, merge, score, select, train
 from stages.errors import MistakeError
 from stages.files import BASE, read_json
-from stages.records import Example, load_split
+from stages.records.lines import load_split
+from stages.records.tokens import Example
 from tests.conftest import make_base
+from tools.show import main as show
 
 
 def test_losses_are_those_of_the_library_for_every_example_alone():
@@ -74,7 +76,7 @@ def test_noise_is_left_out_and_the_stage_is_scored_on_the_whole_skill(noisy, cap
         data.main(name)
     train.main("sums")
     with pytest.raises(MistakeError, match="run dvc repro select@hard"):
-        data.show("hard", 1)
+        show("hard", 1)
     select.main("hard")
     kept = [
         chr(token)
@@ -86,7 +88,7 @@ def test_noise_is_left_out_and_the_stage_is_scored_on_the_whole_skill(noisy, cap
     assert len(kept) == read_json(Path("reports/data/hard.json"))["hard"]["kept_tokens"] == -(-2 * 7 * answers // 5)
     # Three of an answer's seven tokens are `yes`, so chance would make it 43 %.
     assert sum(letter in "yes" for letter in kept) > 0.9 * len(kept)
-    data.show("hard", 1)
+    show("hard", 1)
     assert re.search(r"⟨1⟩s⟨0⟩\w·\w·\w·<end>", capsys.readouterr().out)
 
     for split in ("eval", "tune"):

@@ -13,18 +13,18 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
-from stages import base, data, loop, params, train
-from stages.batches import Source, derive_seed
+from stages import base, data, train
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, read_json, sha256
-from stages.loop import Run
 from stages.methods import METHODS
-from stages.model import load_model
-from stages.records import Example
+from stages.models.loading import load_model
+from stages.project.params import load_params
+from stages.records.tokens import Example
+from stages.training import loop
+from stages.training.batches import Source, derive_seed
+from stages.training.loop import Run
 from stages.weights.checkpoint import open_stages
-from tests.conftest import ARCHITECTURES, kill_once_saved, make_base
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ARCHITECTURES, ROOT, kill_once_saved, make_base
 
 
 def make_stage(method="lora", **keys):
@@ -133,7 +133,7 @@ def test_stages_start_from_different_matrices():
 
 def prepare(name="sums"):
     base.main()
-    for dataset in params.load().datasets:
+    for dataset in load_params().datasets:
         data.main(dataset)
     return CHECKPOINTS / name / "adapter_model.safetensors"
 

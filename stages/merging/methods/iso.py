@@ -7,7 +7,7 @@ from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method
 from pydantic import Field
 from torch import Tensor
 
-from stages.merging.methods.spectral import (
+from stages.merging.spectral import (
     CONTRACT,
     average,
     noise_floor,

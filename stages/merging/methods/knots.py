@@ -7,14 +7,7 @@ from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method, merge_
 from pydantic import Field
 from torch import Tensor
 
-from stages.merging.methods.spectral import (
-    CONTRACT,
-    as_matrix,
-    onto_base,
-    register_once,
-    thin_svd,
-    weighted_deltas,
-)
+from stages.merging.spectral import CONTRACT, as_matrix, onto_base, register_once, thin_svd, weighted_deltas
 
 
 @register_once

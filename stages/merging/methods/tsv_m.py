@@ -4,15 +4,7 @@ import torch
 from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method
 from torch import Tensor
 
-from stages.merging.methods.spectral import (
-    CONTRACT,
-    average,
-    onto_base,
-    polar_factor,
-    register_once,
-    thin_svd,
-    weighted_deltas,
-)
+from stages.merging.spectral import CONTRACT, average, onto_base, polar_factor, register_once, thin_svd, weighted_deltas
 
 
 @register_once

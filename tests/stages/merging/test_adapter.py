@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import MistakeError
 from stages.files import BASE
-from stages.layers import linear_modules, select
-from stages.merging.adapter import AdapterOutput, as_dora, check_errors, fit_dora, fit_lora
+from stages.merging.adapter_output import AdapterOutput, as_dora, check_errors, fit_dora, fit_lora
+from stages.models.layers import linear_modules, select
 from tests.conftest import make_base, make_stage
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages.files import BASE
-from stages.layers import exactly
 from stages.merge import write
 from stages.merging import kernels
 from stages.merging.merged import Merged
 from stages.merging.trim import trim
-from stages.params import Merge
+from stages.models.layers import exactly
+from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_outside, make_stage
 

@@ -1,7 +1,6 @@
 """Every method on every architecture: it learns, is saved, and the rest of the pipeline sees what was trained."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +8,20 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from stages import base, layers, train
+from stages import train
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, publish, write_json
-from stages.loop import Run
 from stages.merging.merged import Merged
 from stages.methods import METHODS
-from stages.methods.stage import Training
-from stages.model import load_model
-from stages.params import Merge
+from stages.models.architecture import layer_stack, place
+from stages.models.layers import mlp_width
+from stages.models.loading import load_model
+from stages.models.room import add_adapters, add_biases, add_neurons
+from stages.settings.merge import Merge
+from stages.settings.stage import Training
+from stages.training.loop import Run
 from stages.weights.checkpoint import open_stages
-from tests.conftest import make_base
+from tests.conftest import ROOT, make_base
 from tests.stages.test_train import make_examples
 
 MODELS = ["llama-tied", "qwen2", "qwen3", "gpt2"]
@@ -65,7 +67,7 @@ ABOUT = {  # case: what is trained, what speaks for it
         "LoRA that drops its least useful directions",
         "finds which layers need rank; wants 100 steps and more",
     ),
-    "bitfit": ("biases (`base.add_biases` where there are none)", "tiny; gentle changes of tone or domain"),
+    "bitfit": ("biases (`add_biases` where there are none)", "tiny; gentle changes of tone or domain"),
     "ln": ("gains of the norms", "tiny; like `bitfit`, for models without biases"),
     "full": ("every weight of the layers", "much data, or few layers; large checkpoints"),
     "vera": ("factors for rows and rank of one random pair", "tiny; wants a high lr (0.01)"),
@@ -108,9 +110,9 @@ def publish_stage(stage, model):
 def make_room(case):
     """What a method needs of the base."""
     if case == "bottleneck":
-        base.add_neurons(fresh(), 12).save_pretrained(BASE)
+        add_neurons(fresh(), 12).save_pretrained(BASE)
     if case == "houlsby":
-        base.add_adapters(fresh(), 12).save_pretrained(BASE)
+        add_adapters(fresh(), 12).save_pretrained(BASE)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -153,7 +155,7 @@ def test_a_method(case, model):
         for name, weights in opened.module(path).items():
             getattr(plain.get_submodule(path), name).data.copy_(weights)
             original = getattr(before.get_submodule(path), name)
-            if layers.place(path, layers.layer_stack(before))[0] not in (1, 2):
+            if place(path, layer_stack(before))[0] not in (1, 2):
                 assert torch.equal(weights, original), f"{path}.{name} is outside the chosen layers"
             if inside is not None:
                 assert torch.allclose(weights, getattr(inside.get_submodule(path), name), rtol=0, atol=1e-6)
@@ -174,7 +176,7 @@ def test_added_biases_change_nothing_and_bitfit_trains_them(model):
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         truth = fresh()(ids).logits
-    biased = base.add_biases(fresh())
+    biased = add_biases(fresh())
     with torch.no_grad():
         assert torch.equal(biased.eval()(ids).logits, truth)
     biased.save_pretrained(BASE)
@@ -198,17 +200,17 @@ def test_added_neurons_change_nothing(model):
     make_base(model)
     ids = torch.arange(1, 20)[None]
     before = fresh()
-    base.add_neurons(before, 5).save_pretrained(BASE)
+    add_neurons(before, 5).save_pretrained(BASE)
     widened = fresh()
     with torch.no_grad():
         assert torch.allclose(widened.eval()(ids).logits, before.eval()(ids).logits, rtol=0, atol=1e-6)
-    assert layers.mlp_width(widened.config) == layers.mlp_width(before.config) + 5
+    assert mlp_width(widened.config) == mlp_width(before.config) + 5
     assert widened.num_parameters() == before.num_parameters() + 4 * 5 * (65 if model == "gpt2" else 96)
 
 
 def test_bottlenecks_of_two_stages_both_work_in_one_file():
     make_base("llama-tied")
-    base.add_neurons(fresh(), 8).save_pretrained(BASE)
+    add_neurons(fresh(), 8).save_pretrained(BASE)
     ids = torch.arange(1, 20)[None]
     for name, layer, neurons in (("one", "1", "0-3"), ("two", "2", "4-7")):
         stage = make("bottleneck", layer).model_copy(update={"neurons": neurons})
@@ -233,7 +235,7 @@ def test_a_bottleneck_needs_neurons_of_its_own():
     make_base("llama-tied")
     with pytest.raises(MistakeError, match=r"write base\.extra_neurons"):
         train.put_on(make("bottleneck"), fresh(), torch.float32)
-    base.add_neurons(fresh(), 8).save_pretrained(BASE)
+    add_neurons(fresh(), 8).save_pretrained(BASE)
     with pytest.raises(MistakeError, match="gives it 0-7"):
         train.put_on(make("bottleneck"), fresh(), torch.float32)
 
@@ -257,7 +259,7 @@ def test_what_cannot_be_merged_is_refused(keys, sentence):
 def test_no_biases_can_be_added_where_the_architecture_knows_none():
     make_base("qwen2")
     with pytest.raises(MistakeError, match="has no setting for biases"):
-        base.add_biases(fresh())
+        add_biases(fresh())
 
 
 @pytest.mark.parametrize("model", ["llama-tied", "llama-untied"])
@@ -288,9 +290,9 @@ def table():
         keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 100}
         model = LlamaForCausalLM(LlamaConfig(**size | (biases if method == "bitfit" else {})))
         if method == "bottleneck":
-            model = base.add_neurons(model, 64)
+            model = add_neurons(model, 64)
         if method == "houlsby":
-            model = base.add_adapters(model, 64)
+            model = add_adapters(model, 64)
         wrapped = train.put_on(METHODS[method](**keys | given), model, torch.float32)
         count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         marks = ["–" if (case, model) in REFUSED else "yes" for model in MODELS]
@@ -299,4 +301,4 @@ def table():
 
 
 def test_the_table_in_the_docs_is_this_one():
-    assert table() in (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -1,0 +1,111 @@
+"""Everything that the report tells, gathered from what the pipeline left and from the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.changes.deltas import Measured, measure
+from analysis.changes.heads import measure_heads
+from analysis.changes.tables import frozen_check, summarise, survival
+from analysis.telling.skills import Cell, Change, changes
+from stages.files import CHECKPOINTS, REPORTS, read_json
+from stages.merging.merged import Merged, open_merged
+from stages.models.architecture import OUTSIDE, Architecture
+from stages.project.params import Params
+from stages.settings.stage import Imported, Stage
+from stages.weights.checkpoint import open_stages
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the report tells, before it is put into words and pictures.
+
+    Attributes:
+        settings: params.yaml.
+        measured: weights, from `analysis.deltas.measure`.
+        heads: of attention, from `analysis.heads.measure_heads`.
+        records: stage.json of the base and of every stage.
+        matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
+        retention: of the same file, by stage.
+        questions: number of evaluation records by dataset.
+        curves: loss curve of every stage.
+        probe: of reports/probe.json: what the running models do.
+        declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
+    """
+
+    settings: Params
+    measured: Measured
+    heads: pd.DataFrame
+    records: dict[str, dict[str, Any]]
+    matrix: dict[str, dict[str, Cell]]
+    retention: dict[str, dict[str, Any]]
+    questions: dict[str, int]
+    curves: dict[str, list[dict[str, Any]]]
+    probe: dict[str, Any]
+    declared: dict[str, list[int]]
+
+    @cached_property
+    def merged_stages(self) -> list[str]:
+        """Stages in the merge, in the order of params.yaml."""
+        return [name for name in self.settings.stages if name in self.settings.merge.weights]
+
+    @cached_property
+    def changed(self) -> list[Change]:
+        """Skills before and after each later stage and the merge."""
+        return changes(self.matrix, self.settings, self.questions)
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """Inner products over the whole model."""
+        count = len(self.measured.names)
+        return sum(self.measured.grams.values(), np.zeros((count, count)))
+
+    @cached_property
+    def whole(self) -> pd.DataFrame:
+        """Metrics of each checkpoint over all that it changes, by name; one that changes nothing has none."""
+        return summarise(self.measured.rows, ["stage"]).set_index("stage").reindex(self.measured.names)
+
+    @cached_property
+    def kept(self) -> pd.DataFrame:
+        """Survival and share of each merged stage over the whole model, by name; the last row is `unexplained`."""
+        return survival(self.gram, self.measured.names, self.merged_stages).set_index("stage")
+
+    @cached_property
+    def frozen(self) -> pd.DataFrame:
+        """The frozen check of every stage and of the merged file."""
+        return frozen_check(self.measured, self.declared)
+
+
+def gather(settings: Params) -> Facts:
+    """Read what the other stages left, and measure the weights."""
+    base, stages = open_stages(list(settings.stages))
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    exact, file = Merged(base, listed, settings.merge), open_merged(base, listed, settings.merge)
+    evaluation = read_json(REPORTS / "evaluation.json")
+    records = {name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]}
+    return Facts(
+        settings=settings,
+        measured=measure(stages, exact, file),
+        heads=measure_heads(stages, exact, file),
+        records=records,
+        matrix=evaluation["matrix"],
+        retention=evaluation["retention"],
+        questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in settings.datasets},
+        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in settings.stages},
+        probe=read_json(REPORTS / "probe.json"),
+        declared={
+            name: [*records[name]["layers"], *_outside(base.architecture, stage)]
+            for name, stage in settings.stages.items()
+        },
+    )
+
+
+def _outside(architecture: Architecture, stage: Stage) -> list[int]:
+    """OUTSIDE, where a stage names modules that lie in no layer, or was trained elsewhere and may have them."""
+    named = {architecture.place(path)[0] for path in architecture.select(stage.layers)}
+    return [OUTSIDE] if OUTSIDE in named or isinstance(stage, Imported) else []

@@ -1,0 +1,59 @@
+"""An adapter that was trained elsewhere, taken as it is (`import`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from stages.errors import MistakeError, first_line
+from stages.files import sha256
+from stages.settings.base import Base
+from stages.settings.stage import Imported, Stage
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Import(Imported):
+    """A PEFT adapter of the base: a local folder with the hash that pins it, or a hub id with its revision."""
+
+    method: Literal["import"]
+    path: str | None = None
+    """Folder of the adapter."""
+    sha256: str | None = None
+    """Hash of the folder's two files; leave it out, and the error tells it."""
+    id: str | None = None
+    """In place of `path`: an adapter on the hub, `owner/name`."""
+    revision: str | None = None
+    """The commit of a hub adapter."""
+
+    def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
+        """It stands on the base, and comes from one place."""
+        super().check(name, base, stages, num_layers)
+        if (self.path is None) == (self.id is None):
+            raise MistakeError("path or id is needed, one of them: a local folder, or an adapter on the hub")
+        if self.id is not None and self.revision is None:
+            raise MistakeError("revision is missing; a hub adapter needs the commit to be repeatable")
+
+    def locate(self, where: str) -> Path:
+        """Folder with the adapter's two files, downloaded if it is on the hub."""
+        if self.id is not None:
+            return self._download(where)
+        folder = Path(str(self.path))
+        if missing := [file for file in FILES if not (folder / file).is_file()]:
+            raise MistakeError(f"{where}.path {self.path!r} holds no {missing[0]}; give the folder of a PEFT adapter")
+        found = sha256(folder / file for file in FILES)
+        if self.sha256 is None:
+            raise MistakeError(f"{where}.sha256 is missing; it pins what is merged, so add sha256: {found}")
+        if self.sha256 != found:
+            raise MistakeError(f"{where}.sha256 is not that of {self.path}; if it was meant to change, write {found}")
+        return folder
+
+    def _download(self, where: str) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(self.id), revision=self.revision, allow_patterns=list(FILES)))
+        except Exception as error:  # the library raises its own, the hub's, and the network's
+            raise MistakeError(
+                f"{where}.id {self.id!r} does not load ({first_line(error)}); correct the id or revision"
+            ) from None

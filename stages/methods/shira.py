@@ -1,0 +1,31 @@
+"""SHiRA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from stages.models.layers import exactly, plain_matrices
+from stages.settings.stage import Training
+
+if TYPE_CHECKING:
+    from peft import ShiraConfig
+    from transformers import PreTrainedModel
+
+
+class SHiRA(Training):
+    """As many single weights as a LoRA of `rank` has, chosen at random, are trained (arXiv 2406.13175)."""
+
+    method: Literal["shira"]
+    rank: int = Field(default=16, gt=0)
+    """As many weights are trained as a LoRA of this rank has."""
+
+    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> ShiraConfig:
+        """Train a random few weights of each matrix among `modules`; the stage's seed chooses them."""
+        import torch
+        from peft import ShiraConfig
+
+        matrices = plain_matrices(self.method, model, modules)
+        seed = int(torch.initial_seed() % 2**31)
+        return ShiraConfig(task_type="CAUSAL_LM", r=self.rank, random_seed=seed, target_modules=exactly(matrices))

@@ -1,0 +1,240 @@
+"""What is to be known of a model's architecture, written down once by `base`.
+
+Whatever comes after the training reads checkpoints/base/architecture.json, for importing one modeling file of
+transformers takes longer than most merges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stages.errors import MistakeError
+from stages.files import read_json, write_json
+from stages.settings.ranges import Layers, numbers, parse
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+FILE = "architecture.json"  # beside the weights
+OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
+
+Kind = Literal["linear", "conv1d", "embedding", "norm", "other"]
+Group = Literal["attention", "mlp", "norms", "embeddings", ""]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module with parameters of its own.
+
+    Attributes:
+        kind: `conv1d` is GPT-2's, whose weight is [in, out]; every other matrix is [out, in].
+        group: what `layers` of a stage calls it.
+        parameters: shapes by name.
+        unit_gain: whether a norm multiplies by 1 + its weight, as Gemma's do.
+    """
+
+    kind: Kind
+    group: Group
+    parameters: dict[str, list[int]]
+    unit_gain: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal language model, without its weights.
+
+    Attributes:
+        model_type: such as `llama`.
+        stack: dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
+        layers: how many there are.
+        heads: of attention in each; None where the config does not tell.
+        positions: the longest text, in tokens; None where there is no limit.
+        modules: by dotted name, in the model's order.
+        tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
+    """
+
+    model_type: str
+    stack: str
+    layers: int
+    heads: int | None
+    positions: int | None
+    modules: dict[str, Module]
+    tied: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Architecture:
+        """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
+        path = folder / FILE
+        if not path.exists():
+            return describe_folder(folder)
+        content = read_json(path)
+        return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
+
+    def write(self, folder: Path) -> None:
+        """Write it down for `of`."""
+        write_json(folder / FILE, dataclasses.asdict(self))
+
+    def place(self, path: str) -> tuple[int, str]:
+        """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; `(OUTSIDE, path)` where it is in no layer."""
+        return place(path, self.stack)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Kinds of modules that the layers have, such as `self_attn.q_proj`, in the model's order."""
+        return list(dict.fromkeys(kind for layer, kind in map(self.place, self.modules) if layer != OUTSIDE))
+
+    def is_matrix(self, path: str) -> bool:
+        """Whether a module is a weight matrix that an adapter can be put beside."""
+        return path in self.modules and self.modules[path].kind in ("linear", "conv1d")
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether a module's weight is [in, out], as GPT-2 has it."""
+        return path in self.modules and self.modules[path].kind == "conv1d"
+
+    def select(self, setting: Layers) -> list[str]:
+        """Dotted names of the modules that a stage's `layers` names, in the model's order.
+
+        Args:
+            setting: a range, which means everything inside those layers; or for each of `attention`, `mlp`, `norms`,
+                `embeddings` (with the output layer) or a module's own name, such as `q_proj`, a range of its own.
+
+        Raises:
+            MistakeError: a name that no module has, or a layer that the model does not have.
+        """
+        if not isinstance(setting, dict):
+            chosen = set(parse(setting, self.layers))
+            return [path for path in self.modules if self.place(path)[0] in chosen]
+        numbers(setting, self.layers)
+        found: set[str] = set()
+        for group, text in setting.items():
+            members = [path for path in self.modules if group in self._names(path)]
+            if not members:
+                names = {self.place(path)[1].rpartition(".")[2] for path in self.modules}
+                raise MistakeError(
+                    f"params.yaml: layers names {group!r}, which no module of the model is called;"
+                    f" write attention, mlp, norms, embeddings or one of {', '.join(sorted(names))}"
+                )
+            chosen = {OUTSIDE, *parse(text, self.layers)}
+            found |= {path for path in members if self.place(path)[0] in chosen}
+        return [path for path in self.modules if path in found]
+
+    def _names(self, path: str) -> set[str]:
+        """Group and names that a module goes by in `layers`."""
+        kind = self.place(path)[1]
+        return {self.modules[path].group, kind, kind.rpartition(".")[2]}
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """The architecture of a model in memory, or on the meta device.
+
+    Raises:
+        MistakeError: it has no list of `config.num_hidden_layers` layers.
+    """
+    config, stack = model.config, layer_stack(model)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = {}
+    for path, module in model.named_modules():
+        if module._parameters:
+            shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
+            group = _group(path, module, stack, ends)
+            modules[path] = Module(_kind(module), group, shapes, is_norm(module) and _has_unit_gain(module))
+    return Architecture(
+        model_type=config.model_type,
+        stack=stack,
+        layers=config.num_hidden_layers,
+        heads=getattr(config, "num_attention_heads", None),
+        positions=getattr(config, "max_position_embeddings", None),
+        modules=modules,
+        tied=dict(model.all_tied_weights_keys),
+    )
+
+
+def describe_folder(folder: Path) -> Architecture:
+    """The architecture of a model folder that Strata did not make, from its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import stages.models.houlsby  # noqa: F401  makes its models known to transformers
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return describe(model)
+
+
+def layer_stack(model: PreTrainedModel) -> str:
+    """Dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
+
+    Raises:
+        MistakeError: the model has no list of `config.num_hidden_layers` modules.
+    """
+    from torch import nn
+
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name
+    raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
+
+
+def place(path: str, stack: str) -> tuple[int, str]:
+    """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(OUTSIDE, path)`.
+
+    Args:
+        path: dotted name of the module.
+        stack: dotted name of the list of layers, from `layer_stack`.
+    """
+    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, Qwen3's query and key norms among them."""
+    return "Norm" in type(module).__name__
+
+
+def _kind(module: nn.Module) -> Kind:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "norm" if is_norm(module) else "other"
+
+
+def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
+    layer, kind = place(path, stack)
+    if layer == OUTSIDE:
+        return "embeddings" if any(module is end for end in ends) else ""
+    if is_norm(module):
+        return "norms"
+    first = kind.partition(".")[0]
+    return "attention" if "attn" in first or "attention" in first else "mlp"
+
+
+def _has_unit_gain(norm: nn.Module) -> bool:
+    """Whether a norm with a weight of zero still lets something through."""
+    import copy
+
+    import torch
+
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return False
+    with torch.no_grad():
+        silent = copy.deepcopy(norm).to_empty(device="cpu").float()
+        for parameter in silent.parameters():
+            parameter.zero_()
+        try:
+            return bool(silent(torch.ones(1, 1, len(weight)) + torch.arange(len(weight))).any())
+        except (TypeError, AttributeError):  # gated norms take more than their input
+            return False

@@ -1,0 +1,69 @@
+"""The modules of a model that a stage's `layers` name."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from stages.errors import MistakeError
+from stages.models.architecture import describe, is_norm
+from stages.settings.ranges import Layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def select(model: PreTrainedModel, setting: Layers) -> list[str]:
+    """Dotted names of the modules with parameters that a stage's `layers` names (see `Architecture.select`)."""
+    return describe(model).select(setting)
+
+
+def mlp_width(config: PretrainedConfig) -> int | None:
+    """Neurons of an MLP, the added ones with them; None if the architecture has no setting for it."""
+    if hasattr(config, "n_inner"):
+        return config.n_inner or 4 * config.n_embd
+    return getattr(config, "intermediate_size", None)
+
+
+def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return [path for path in modules if isinstance(model.get_submodule(path), nn.Linear | Conv1D)]
+
+
+def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Those of `modules` that are normalisations."""
+    return [path for path in modules if is_norm(model.get_submodule(path))]
+
+
+def exactly(modules: list[str]) -> str:
+    """Regular expression that matches exactly these module names.
+
+    PEFT's `layers_to_transform` fails for many adapter types; a regex in `target_modules` works for all.
+
+    Raises:
+        MistakeError: there are none.
+    """
+    if not modules:
+        raise MistakeError("params.yaml: a stage's method finds nothing to train in its layers; choose another method")
+    return "|".join(re.escape(name) for name in modules)
+
+
+def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """The weight matrices among `modules`, where all are Linear.
+
+    Raises:
+        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method.
+    """
+    from torch import nn
+
+    matrices = linear_modules(model, modules)
+    if not all(isinstance(model.get_submodule(path), nn.Linear) for path in matrices):
+        raise MistakeError(
+            f"params.yaml: method {method!r} (or its init or load_in_4bit) does not go with"
+            f" {type(model).__name__}, whose weights are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln"
+            " or full"
+        )
+    return matrices

@@ -1,0 +1,66 @@
+"""A running model from a virtual checkpoint."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import stages.models.houlsby  # noqa: F401  # makes its models known to transformers
+from stages.files import BASE, read_json
+
+
+class Weights(Protocol):
+    """What a model can be loaded from: a checkpoint, virtual or not, or a merge."""
+
+    name: str
+    base: Any  # the folder with its config and its files
+
+    def module(self, path: str) -> dict[str, torch.Tensor]:
+        """Effective parameters of module `path`, in float32."""
+
+    def changed(self) -> list[str]:
+        """Modules that may differ from the base's."""
+
+
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # between peft and transformers
+
+
+def compute_dtype() -> torch.dtype:
+    """The dtype that the base stage chose for training and evaluation."""
+    return getattr(torch, read_json(BASE / "stage.json")["dtype"])
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_model(checkpoint: Weights, dtype: torch.dtype, place: torch.device | str = "cpu") -> PreTrainedModel:
+    """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
+    changed, base = checkpoint.changed(), checkpoint.base
+    untied = {"tie_word_embeddings": False} if base.untied_by(changed) else {}
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **untied)
+    model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
+    set_weights(model, checkpoint, changed)
+    return model.eval()
+
+
+@torch.no_grad()
+def set_weights(model: PreTrainedModel, checkpoint: Weights, modules: list[str]) -> None:
+    """Give these modules the checkpoint's effective weights, rounded once to the model's dtype."""
+    for path in modules:
+        module = model.get_submodule(path)
+        for name, weight in checkpoint.module(path).items():
+            getattr(module, name).copy_(weight)
+
+
+def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the end-of-text token for padding where it has none of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,86 @@
+"""Room for methods that need it: biases, neurons and adapters that change nothing of what the base computes."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import stages.models.houlsby as houlsby
+from stages.errors import MistakeError
+from stages.models.layers import mlp_width
+
+
+def add_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with biases of zero wherever the architecture knows a flag for them.
+
+    Raises:
+        MistakeError: it knows none.
+    """
+    config = copy.deepcopy(model.config)
+    flags = [flag for flag in ("attention_bias", "mlp_bias") if getattr(config, flag, None) is False]
+    if not flags:
+        raise MistakeError(
+            f"params.yaml: base.add_biases is true, but {type(model).__name__} has no setting for biases;"
+            " remove the key"
+        )
+    for flag in flags:
+        setattr(config, flag, True)
+    biased = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    missing, _ = biased.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in missing:
+            if name.endswith(".bias"):
+                biased.get_parameter(name).zero_()
+    return biased
+
+
+def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """The same function with `count` more neurons in every MLP, all of whose weights are zero.
+
+    Raises:
+        MistakeError: the architecture has no setting for the width of its MLPs.
+    """
+    config, width = copy.deepcopy(model.config), mlp_width(model.config)
+    if width is None:
+        raise MistakeError(
+            f"params.yaml: base.extra_neurons is {count}, but {type(model).__name__} has no setting for the width of"
+            " its MLPs; remove the key"
+        )
+    setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", width + count)
+    config.extra_neurons = count
+    widened = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    before = model.state_dict()
+    with torch.no_grad():
+        for name, weights in widened.state_dict().items():
+            weights.zero_()[tuple(slice(size) for size in before[name].shape)] = before[name]
+    return widened
+
+
+def add_adapters(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """The same function with adapters of `size` neurons behind every attention and every MLP (`stages.houlsby`).
+
+    Their first matrix is normal with a standard deviation of 0.02, the same for every seed, their second one zero.
+
+    Raises:
+        MistakeError: there is no such class for the architecture.
+    """
+    kind = houlsby.MODELS.get(model.config.model_type)
+    if kind is None:
+        raise MistakeError(
+            f"params.yaml: base.adapter_size is {size}, but {type(model).__name__} has no class with adapters; remove"
+            f" the key, or take a model of one of the types {', '.join(houlsby.MODELS)}"
+        )
+    code = Path(houlsby.__file__).stem
+    found = {"AutoConfig": f"{code}.{kind.config_class.__name__}", "AutoModelForCausalLM": f"{code}.{kind.__name__}"}
+    told = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
+    adapted = kind(kind.config_class(**told | {"adapter_size": size, "auto_map": found})).to(model.dtype)
+    adapted.load_state_dict(model.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weights in adapted.named_parameters():
+            if ".adapter." in name:
+                weights.zero_()
+                if name.endswith("down.weight"):
+                    weights.normal_(std=0.02, generator=generator)
+    return adapted

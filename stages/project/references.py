@@ -1,0 +1,116 @@
+"""Whether the names in params.yaml name something, and whether its settings go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
+
+from stages.errors import MistakeError
+from stages.settings.ranges import numbers
+from stages.settings.section import nearest
+from stages.settings.stage import Training
+
+if TYPE_CHECKING:
+    from stages.project.params import Params
+    from stages.settings.selection import Selection
+
+TAKEN = {"base": "the model that all stages go back to", "merged": "the merged model"}
+
+
+def check_references(params: Params) -> None:
+    """Raise a MistakeError for the first name that names nothing, or stands for two things."""
+    _check_names(params)
+    for name, stage in params.stages.items():
+        _one_of(stage.parent, ["base", *params.stages], f"stages.{name}.parent", "a stage")
+        _one_of(stage.dataset, [*params.datasets, *params.selections], f"stages.{name}.dataset", "a dataset")
+    for name, selection in params.selections.items():
+        _check_selection(params, name, selection)
+    _refuse_circle(params)
+    for name in params.merge.weights:
+        _one_of(name, params.stages, f"merge.weights.{name}", "a stage")
+    for name, stage in params.stages.items():
+        if isinstance(stage, Training):
+            _check_earlier(params, name, stage)
+        _check_method(params, name, None)
+
+
+def check_layers(params: Params, num_layers: int) -> None:
+    """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
+    for name, stage in params.stages.items():
+        try:
+            numbers(stage.layers, num_layers)
+        except MistakeError as mistake:
+            raise MistakeError(f"stages.{name}.layers: {mistake}") from None
+        _check_method(params, name, num_layers)
+
+
+def _check_method(params: Params, name: str, num_layers: int | None) -> None:
+    try:
+        params.stages[name].check(name, params.base, dict(params.stages), num_layers)
+    except MistakeError as mistake:
+        raise MistakeError(f"stages.{name}.{mistake}") from None
+
+
+def _check_names(params: Params) -> None:
+    """Names become files and rows, so one must not stand for two things, on no file system."""
+    for name in params.stages:
+        if name.lower() in TAKEN:
+            raise MistakeError(f"stages.{name} has a name that stands for {TAKEN[name.lower()]}; choose another")
+    for section, names in (("stages", [*params.stages]), ("datasets", [*params.datasets, *params.selections])):
+        seen: dict[str, str] = {}
+        for name in names:
+            if name.lower() in seen:
+                where = "selections" if section == "datasets" and name in params.selections else section
+                other = "a dataset" if where == "selections" else seen[name.lower()]
+                raise MistakeError(f"{where}.{name} has the name of {other}; choose another")
+            seen[name.lower()] = name
+
+
+def _check_selection(params: Params, name: str, selection: Selection) -> None:
+    where = f"selections.{name}"
+    _one_of(selection.dataset, params.datasets, f"{where}.dataset", "a dataset")
+    _one_of(selection.parent, ["base", *params.stages], f"{where}.parent", "a stage")
+    _one_of(selection.reference, ["base", *params.stages], f"{where}.reference", "a stage")
+
+
+def _check_earlier(params: Params, name: str, stage: Training) -> None:
+    """What a stage does with its ancestors: protect them, replay their datasets."""
+    ancestors = params.ancestors(name)
+    for other in stage.protect:
+        _one_of(other, ancestors, f"stages.{name}.protect", "one of its ancestors")
+        if not getattr(params.stages[other], "remember", 0):
+            raise MistakeError(f"stages.{other}.remember is missing; protecting it needs, say, 0.99")
+    if stage.protect and not stage.protectable:
+        raise MistakeError(
+            f"stages.{name}.protect does not go with method {stage.method!r}; choose a method whose change can be"
+            " projected: full or lora"
+        )
+    if stage.replay and not ancestors:
+        raise MistakeError(f"stages.{name}.replay has nothing to replay, for its parent is base; remove the key")
+    if stage.replay and all(params.stages[other].dataset == stage.dataset for other in ancestors):
+        raise MistakeError(
+            f"stages.{name}.replay has nothing to replay, for its ancestors learn the same dataset; remove the key"
+        )
+
+
+def _one_of(name: str, known: Iterable[str], where: str, what: str) -> None:
+    if name not in known:
+        raise MistakeError(f"{where} names {name!r}, which is not {what}; {nearest(name, known, 'known are')}")
+
+
+def _refuse_circle(params: Params) -> None:
+    """A stage needs its parent and maybe a selection, which needs the two models that choose for it."""
+    needs = {f"stages.{name}": [f"stages.{stage.parent}"] for name, stage in params.stages.items()}
+    for name, stage in params.stages.items():
+        if stage.dataset in params.selections:
+            needs[f"stages.{name}"].append(f"selections.{stage.dataset}")
+    for name, selection in params.selections.items():
+        needs[f"selections.{name}"] = [f"stages.{selection.parent}", f"stages.{selection.reference}"]
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        raise MistakeError(
+            f"{circle[0]} closes a circle ({' → '.join(circle)}); let one of them start from base"
+        ) from None

@@ -1,0 +1,49 @@
+"""Records in jsonl files, read when they are asked for."""
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.errors import MistakeError
+from stages.files import DATA
+from stages.records.record import Record
+
+
+class Lines(Sequence[Record]):
+    """Records of a jsonl file, parsed when they are asked for: memory holds where each line starts, and no more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._starts, self._numbers = path, array("Q"), array("Q")
+        start = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        with self._path.open("rb") as lines:
+            lines.seek(self._starts[place])
+            line = lines.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:  # of JSON, or of UTF-8
+            reason = getattr(error, "msg", error)
+            raise MistakeError(f"{self.where(place)} is not valid JSON ({reason}); correct that line") from None
+
+    def where(self, place: int) -> str:
+        """The file and line of one record."""
+        return f"{self._path} line {self._numbers[place]}"
+
+
+def load_split(name: str, part: str) -> Sequence[Record]:
+    """Records of one split (`train`, `eval` or `tune`) of dataset `name`, as the data stage left them."""
+    return Lines(DATA / name / f"{part}.jsonl")

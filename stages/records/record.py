@@ -1,0 +1,150 @@
+"""The one shape of a training example, whatever its source, and how it becomes tokens.
+
+A record is one of
+    {"text": str}                                   every token is learned
+    {"prompt": str, "completion": str}              the completion is learned; it follows the prompt as it is
+    {"messages": [{"role": str, "content": str}]}   the assistant's turns are learned, in the chat template
+    {"input_ids": [int], "loss_weights": [float]}   tokens as they are, and how much each is learned
+and may carry {"task": str, "entry": {...}} for a task that scores its own answers, and {"part": str} in a mix.
+
+A text, a completion and each message may have a `weight` in the loss Σwᵢlᵢ/Σ|wᵢ|, and `spans`, a list of
+[start, end, weight] over its characters, of which later ones win; a prompt has its `prompt_weight`. What follows a
+text or a message, its end-of-text token or the end of its turn, has its weight. Below zero a token is unlearned.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
+from typing import Any
+
+from stages.errors import MistakeError
+
+Record = dict[str, Any]
+Span = tuple[int, int, float]
+SHAPES = {  # by the key that tells it: the keys that tell a record's weights
+    "text": ["weight", "spans"],
+    "prompt": ["prompt_weight", "weight", "spans"],
+    "messages": [],
+    "input_ids": ["loss_weights"],
+}
+
+
+def check(record: object, where: str) -> Record:
+    """Return `record` if it has one of the four shapes, else raise a MistakeError that starts with `where`."""
+    if not isinstance(record, dict):
+        raise MistakeError(f"{where} is no mapping of keys; write one record per line")
+    shapes = [shape for shape in SHAPES if shape in record]
+    if len(shapes) != 1:
+        raise MistakeError(
+            f"{where} needs exactly one of text, prompt with completion, messages, or input_ids with loss_weights"
+        )
+    _check_keys(record, shapes[0], where)
+    if "messages" in record:
+        _check_messages(record["messages"], where)
+    elif "input_ids" in record:
+        _check_ids(record, where)
+    else:
+        _check_texts(record, where)
+    return record
+
+
+def question(record: Record) -> str:
+    """What tells two records apart: train and eval splits never share one."""
+    if "messages" in record:
+        return "\n".join(message["content"] for message in record["messages"][:-1])
+    if "input_ids" in record:
+        return " ".join(map(str, record["input_ids"]))
+    return record["prompt"] if "prompt" in record else record["text"]
+
+
+def answer(record: Record) -> str | None:
+    """The reference answer that a generation is compared with; None for plain text and for token ids."""
+    if "messages" in record:
+        return record["messages"][-1]["content"]
+    return record.get("completion")
+
+
+class Checked(Sequence[Record]):
+    """Rows of a source as records, checked when they are asked for.
+
+    Args:
+        rows: the rows.
+        where: tells the place of a row, for the sentence about a bad one.
+    """
+
+    def __init__(self, rows: Sequence[Any], where: Callable[[int], str]) -> None:
+        self._rows, self._where = rows, where
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return check(self._rows[place], self._where(place))
+
+    def __iter__(self) -> Iterator[Record]:
+        for place, row in enumerate(self._rows):  # the hub's tables are much faster so than row by row
+            yield check(row, self._where(place))
+
+
+def _check_keys(record: Record, shape: str, where: str) -> None:
+    """Refuse weights that this shape does not know, for they would be passed over in silence."""
+    for key in ("weight", "spans", "prompt_weight", "loss_weights"):
+        if record.get(key) is not None and key not in SHAPES[shape]:
+            known = " and ".join(SHAPES[shape]) or "weight and spans in each message"
+            raise MistakeError(f"{where} has {key}, which does not go with {shape}; remove it or use {known}")
+
+
+def _check_texts(record: Record, where: str) -> None:
+    keys = ["text"] if "text" in record else ["prompt", "completion"]
+    for key in keys:
+        if not isinstance(record.get(key), str) or (key != "prompt" and not record[key].strip()):
+            raise MistakeError(f"{where} needs {key} as text that is not empty")
+    if not _is_weight(record.get("prompt_weight")):
+        raise MistakeError(f"{where} has prompt_weight {record['prompt_weight']!r}; write a finite number")
+    _check_weights(record, record[keys[-1]], where)
+
+
+def _check_messages(messages: object, where: str) -> None:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise MistakeError(f"{where} needs messages as a list of at least two turns")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise MistakeError(f"{where} needs role and content as text in every message")
+        _check_weights(message, message["content"], f"{where} message {number}")
+    if messages[-1]["role"] != "assistant":
+        raise MistakeError(f"{where} needs an assistant message as its last one")
+
+
+def _check_ids(record: Record, where: str) -> None:
+    ids, weights = record["input_ids"], record.get("loss_weights")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise MistakeError(f"{where} needs input_ids as a list of token ids, which are numbers from 0")
+    if not isinstance(weights, list) or len(weights) != len(ids) or not all(w is not None for w in weights):
+        raise MistakeError(f"{where} needs loss_weights as a list with a number for each of its {len(ids)} input_ids")
+    if wrong := [weight for weight in weights if not _is_weight(weight)]:
+        raise MistakeError(f"{where} has {wrong[0]!r} in loss_weights; write a finite number")
+
+
+def _check_weights(owner: Record, text: str, where: str) -> None:
+    """Check the `weight` and `spans` of a text, where None is as good as nothing: tables know no missing keys."""
+    if not _is_weight(owner.get("weight")):
+        raise MistakeError(f"{where} has weight {owner['weight']!r}; write a finite number")
+    spans = owner.get("spans")
+    if spans is not None and not isinstance(spans, list):
+        raise MistakeError(f"{where} has spans that are no list; write [[start, end, weight], …]")
+    for span in spans or []:
+        if not _is_span(span, len(text)):
+            raise MistakeError(
+                f"{where} has span {span!r}; write [start, end, weight] with characters 0 ≤ start < end ≤ {len(text)}"
+                " and a finite weight"
+            )
+
+
+def _is_weight(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and isfinite(value))  # type: ignore[arg-type]
+
+
+def _is_span(span: object, length: int) -> bool:
+    if not isinstance(span, list) or len(span) != 3 or None in span or not all(map(_is_weight, span)):
+        return False
+    start, end, _ = span  # whole, but maybe floats: a parquet column has one type
+    return start == int(start) and end == int(end) and 0 <= start < end <= length

@@ -1,0 +1,86 @@
+"""What every dataset of params.yaml has in common: its sizes, and how it is split."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, get_args
+
+from pydantic import Field
+
+from stages.records.record import Record
+from stages.records.splits import Splits, arrange, split
+from stages.settings.section import Settings
+
+
+class Source(Settings, ABC):
+    """A dataset: where its records come from."""
+
+    source: str
+    """Where the records come from."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of `source` that selects this class."""
+        return str(get_args(cls.model_fields["source"].annotation)[0])
+
+    @classmethod
+    def sources(cls) -> Iterator[type[Source]]:
+        """Every class below this one that names a source."""
+        for subclass in cls.__subclasses__():
+            if subclass.model_fields["source"].annotation is not str:
+                yield subclass
+            yield from subclass.sources()
+
+    @property
+    @abstractmethod
+    def tuning(self) -> int:
+        """How many records the tuning split has."""
+
+    @abstractmethod
+    def splits(self, name: str, seed: int, where: str) -> Splits:
+        """The splits, in an order that the seed and the dataset's name fix; few records are in memory at once.
+
+        Args:
+            name: of the dataset.
+            seed: of params.yaml.
+            where: where it stands in params.yaml, for sentences about mistakes.
+
+        Raises:
+            MistakeError: the source is not there or too small, or one of its records is malformed (its line is named).
+        """
+
+
+class Single(Source):
+    """A dataset of its own, or a part of a mix."""
+
+    shuffled: ClassVar[bool] = True  # files are often sorted, and the evaluation split is the front
+
+    train: int | None = Field(default=None, gt=0)
+    """Records to train on; without it, all that `eval` and `tune` leave."""
+    eval: int = Field(gt=0)
+    """Records that models are scored on."""
+    tune: int = Field(default=0, ge=0)
+    """Records for the search of a merge and for the best step."""
+    weight: float | None = Field(default=None, gt=0)
+    """In a mix, and there alone: the share of every batch, relative to the other parts."""
+
+    @property
+    def tuning(self) -> int:
+        """How many records the tuning split has."""
+        return self.tune
+
+    @abstractmethod
+    def records(self, seed: str, where: str) -> Sequence[Record]:
+        """All records, in the source's own order; `seed` is a text, for those that are generated.
+
+        Raises:
+            MistakeError: as `splits`.
+        """
+
+    def splits(self, name: str, seed: int, where: str) -> Splits:
+        """The first `eval` records, the last `tune`, and those between to train on."""
+        records = self.records(f"{seed}/{name}", where)
+        order = arrange(records, f"{seed}/{name}" if self.shuffled else None)
+        parts = split(order, self.train, self.eval, self.tune, where)
+        return {part: map(records.__getitem__, places) for part, places in parts.items()}

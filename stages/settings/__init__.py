@@ -1,0 +1,1 @@
+"""params.yaml, typed: every key with its description, unit and default."""

@@ -1,0 +1,72 @@
+"""The section `merge` of params.yaml."""
+
+from math import isfinite
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from stages.settings.section import Settings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _check_setting(setting: Any) -> Any:
+    """Raise a ValueError unless it has one of the shapes that mergekit gives a parameter."""
+    parts = setting if isinstance(setting, list) else [setting]
+    filtered = bool(parts) and all(
+        isinstance(part, dict) and "value" in part and part.keys() <= {"filter", "value"} for part in parts
+    )
+    values = [part["value"] for part in parts] if filtered else parts
+    flat = [value for item in values for value in (item if isinstance(item, list) and filtered else [item])]
+    if not flat or not all(isinstance(v, bool | int) or (isinstance(v, float) and isfinite(v)) for v in flat):
+        raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
+    return setting
+
+
+def _check_parameter(setting: Any) -> Any:
+    for part in setting.values() if isinstance(setting, dict) else [setting]:
+        _check_setting(part)
+    return setting
+
+
+Setting = Annotated[Any, AfterValidator(_check_setting)]
+ByStage = Annotated[Any, AfterValidator(_check_parameter)]
+
+
+class AdapterSettings(Settings):
+    """The merge as one PEFT adapter."""
+
+    rank: int | None = Field(default=None, gt=0)
+    """Of the adapter; without it, what the merge has."""
+    tolerance: float = Field(default=1e-4, gt=0)
+    """Largest relative error of a module's delta in the adapter; above it the merge fails."""
+
+
+class Merge(Settings):
+    """How the stages' deltas become one model: a method and its parameters, in mergekit's own words.
+
+    A weight, a parameter and `depth_scaling` are each a number, a list that is interpolated from the first layer
+    to the last, or a list of `filter` (part of a tensor's name) and `value`; a parameter may also have one for
+    each stage.
+    """
+
+    method: str = "task_arithmetic"
+    """Any of mergekit's, or `tsv_m`, `iso_c`, `iso_cts`, `knots`, `svc`; docs/merging.md compares them."""
+    weights: dict[str, Setting] = Field(min_length=1)
+    """The stages to merge, each with its weight. A stage brings its own delta and not its ancestors'."""
+    parameters: dict[str, ByStage] = {}
+    """The method's own, such as `density`; mergekit's defaults where nothing is said."""
+    participants: Literal["touching", "all"] = "touching"
+    """What is merged in a tensor: the stages that change it, or every stage, which methods that average feel."""
+    space: Literal["full", "core"] = "full"
+    """`core` merges low-rank stages in the small space that they span, and stays low-rank (arXiv 2509.17786)."""
+    depth_scaling: Setting = 1.0
+    """Multiplies the merged delta, such as `[0.5, 1.0]` over depth (LiNeS, arXiv 2410.17146)."""
+    outputs: list[Literal["model", "adapter", "delta"]] = Field(default=["model"], min_length=1)
+    """What is written to merged/: the model, one PEFT adapter, the delta alone in float32."""
+    adapter: AdapterSettings = AdapterSettings()
+    """Of the output `adapter`."""
+    dtype: Dtype = "bfloat16"
+    """Of the model file. Small changes are lost in 16 bits: the report tells how much."""
+    seed: int = Field(default=0, ge=0)
+    """Of methods that draw random numbers; each tensor has its own, from this seed and its name."""

@@ -1,0 +1,48 @@
+"""Take an adapter that was trained elsewhere as the checkpoint of a stage (`method: import`)."""
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.files import BASE, CHECKPOINTS, publish, read_json, sha256, write_json
+from stages.models.architecture import OUTSIDE
+from stages.settings.stage import Imported
+from stages.weights.adapter import Adapter
+from stages.weights.checkpoint import Checkpoint
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def import_adapter(name: str, stage: Imported) -> int:
+    """Publish checkpoints/NAME from the adapter that the stage names, once it is known to fit the base.
+
+    Returns:
+        How many numbers the adapter holds.
+
+    Raises:
+        MistakeError: it is not there, not what its hash pins, or does not fit the base.
+    """
+    source = stage.locate(f"params.yaml: stages.{name}")
+    adapter = Adapter(source, Checkpoint(BASE, "base").architecture)
+    with publish(CHECKPOINTS / name) as folder:
+        for file in FILES:
+            shutil.copy(source / file, folder / file)
+        write_json(folder / "stage.json", describe(name, stage, adapter, folder))
+    return adapter.parameters
+
+
+def describe(name: str, stage: Imported, adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """stage.json of an imported adapter: where it comes from, and what it changes."""
+    return {
+        "name": name,
+        "parent": stage.parent,
+        "parent_sha256": read_json(BASE / "stage.json")["sha256"],
+        "dataset": stage.dataset,
+        "method": stage.method,
+        "layers": sorted({adapter.architecture.place(path)[0] for path in adapter.modules} - {OUTSIDE}),
+        "settings": stage.model_dump(exclude={"parent", "dataset", "method", "layers"}),
+        "trained_parameters": adapter.parameters,
+        "versions": {"peft": importlib.metadata.version("peft")},
+        "sha256": sha256(folder / file for file in FILES),
+    }

@@ -1,0 +1,118 @@
+"""Weight changes kept off the inputs that earlier stages remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from stages.files import CHECKPOINTS
+from stages.models.losses import Batch
+
+BASES = "inputs.safetensors"  # beside the adapter: an orthonormal basis [in, q] of the inputs of each weight matrix
+PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def input_bases(model: Any, matrices: list[str], batches: Iterable[Batch], energy: float) -> dict[str, torch.Tensor]:
+    """An orthonormal basis of what comes into each weight matrix, float32 [in, q], by module name.
+
+    Args:
+        model: a causal language model, or one wrapped by PEFT.
+        matrices: names of the modules in the unwrapped model.
+        batches: what it is run on.
+        energy: q is the smallest number of directions that hold this share of the inputs' squared norm.
+    """
+    model.eval()
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    sums: dict[str, torch.Tensor] = {}
+    present: list[torch.Tensor] = []
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        rows = inputs[present[0]].float()
+        sums[name] = sums.get(name, 0) + rows.T @ rows
+
+    hooks = [
+        inner.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name in matrices
+    ]
+    try:
+        for batch in batches:
+            present[:] = [batch.present.bool()]
+            model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _basis(total, energy) for name, total in sums.items()}
+
+
+def save_bases(bases: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the bases beside the adapter; half precision, for they are read back and made orthonormal again."""
+    save_file({name: basis.half().contiguous() for name, basis in bases.items()}, folder / BASES)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One trained parameter, what its change is counted from, and the inputs that must not feel it."""
+
+    parameter: nn.Parameter
+    start: torch.Tensor
+    basis: torch.Tensor | None  # [in, q]; None: it may not change at all
+    transposed: bool
+
+    @torch.no_grad()
+    def project(self) -> None:
+        change = self.parameter - self.start
+        if self.basis is None:
+            change.zero_()
+        else:
+            rows = change.T if self.transposed else change  # [out, in]
+            rows -= rows @ self.basis @ self.basis.T
+        self.parameter.copy_(self.start + change)
+
+
+class Protection:
+    """Keeps the weight changes of a stage orthogonal to the inputs that earlier stages remember.
+
+    Of a LoRA it projects A, which reads the inputs; B is free. Norms and biases act on every input, so they stay.
+
+    Args:
+        model: the wrapped model, before its first step.
+        stages: names of the protected stages, which remember their inputs.
+    """
+
+    def __init__(self, model: Any, stages: list[str]) -> None:
+        remembered = [load_file(CHECKPOINTS / stage / BASES) for stage in stages]
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and ".lora_B." not in name]
+        self._kept = [_keep(model, name.removeprefix(PREFIX), parameter, remembered) for name, parameter in trained]
+        self()
+
+    def __call__(self) -> None:
+        """Take out of every change so far what answers to the protected inputs."""
+        for kept in self._kept:
+            kept.project()
+
+
+def _keep(model: Any, name: str, parameter: nn.Parameter, remembered: list[dict[str, torch.Tensor]]) -> _Kept:
+    is_lora = ".lora_A." in name
+    path = name.partition(".lora_A." if is_lora else ".ln_tuning_layers.")[0]
+    bases = [bases[path].float() for bases in remembered if path in bases]
+    basis = torch.linalg.qr(torch.cat(bases, 1)).Q.to(parameter.device) if bases and parameter.dim() == 2 else None
+    if is_lora:  # B·A is the change, so all of A counts, its random start too
+        return _Kept(parameter, torch.zeros_like(parameter), basis, transposed=False)
+    is_conv = isinstance(model.get_submodule(f"{PREFIX}{path}").get_base_layer(), Conv1D)
+    return _Kept(parameter, parameter.detach().clone(), basis, transposed=is_conv)
+
+
+def _basis(total: torch.Tensor, energy: float) -> torch.Tensor:
+    """Leading eigenvectors of the inputs' second moments [in, in], enough of them to hold `energy` of its trace."""
+    values, vectors = torch.linalg.eigh(total.double())
+    held = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+    return vectors.flip(1)[:, : int((held < energy).sum()) + 1].float()

@@ -1,0 +1,51 @@
+"""Frozen weights in four bits while a stage trains (QLoRA, arXiv 2305.14314), through bitsandbytes.
+
+The model in memory is smaller, and slightly off. What is saved is the adapter, as always, and every later stage and the
+merge add it to the parent's exact weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.errors import MistakeError
+from stages.models.architecture import OUTSIDE, layer_stack, place
+
+BLOCK = 64  # numbers that share a scale
+
+
+def quantize(model: Any, dtype: torch.dtype) -> None:
+    """Hold every frozen weight matrix [out, in] of the layers in NF4, BLOCK numbers to one scale.
+
+    Those whose inputs are no multiple of BLOCK stay as they are.
+
+    Args:
+        model: a causal language model wrapped by PEFT, on the device that it trains on.
+        dtype: what is computed in.
+
+    Raises:
+        MistakeError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MistakeError(
+            "params.yaml: a stage with load_in_4bit needs bitsandbytes; run uv sync --extra four-bit"
+        ) from None
+    stack = layer_stack(model)
+    for path, module in list(model.named_modules()):
+        is_adapter = any(part.startswith("lora_") for part in path.split("."))
+        if type(module) is not nn.Linear or is_adapter or place(path, stack)[0] == OUTSIDE:
+            continue
+        if module.in_features % BLOCK:  # bitsandbytes 0.50.2 reads such rows back with the scales of others, on a CPU
+            continue
+        smaller = bitsandbytes.nn.Linear4bit(
+            module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype, quant_type="nf4"
+        )
+        weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        smaller.weight, smaller.bias = weight, module.bias
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, smaller.to(module.weight.device))

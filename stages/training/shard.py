@@ -1,0 +1,41 @@
+"""Frozen weights divided among processes (FSDP, arXiv 2304.11277), for a model that one GPU does not hold.
+
+What a stage trains is small beside the model, so every process keeps all of it, and optimizer, resuming and saving are
+as they are with one. A frozen layer is put together when it is needed, and let go again.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from stages.models.architecture import layer_stack
+
+
+def load_everywhere() -> None:
+    """Have every process read the weights: with FSDP, transformers lets the first one alone do it unless it is told."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def shard(model: Any, accelerator: Accelerator) -> None:
+    """Give each process its part of the frozen weights, on its device, and the whole adapter.
+
+    One layer at a time goes to the device as a whole.
+
+    Args:
+        model: wrapped by PEFT, in main memory; its frozen weights are of one dtype.
+        accelerator: with as many processes as parts.
+    """
+    adapter = {p for name, p in model.named_parameters() if p.requires_grad or model.base_model.prefix in name}
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in model.get_submodule(layer_stack(model)):
+        fully_shard(layer, mesh=mesh, ignored_params=adapter)
+    fully_shard(model, mesh=mesh, ignored_params=adapter)
+    with torch.no_grad():
+        for parameter in adapter:
+            parameter.data = parameter.data.to(accelerator.device)

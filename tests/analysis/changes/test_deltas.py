@@ -1,0 +1,206 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from analysis.changes import tensors
+from analysis.changes.deltas import measure, sign_conflict
+from analysis.changes.tables import frozen_check, summarise, survival
+from analysis.changes.tensors import cosines, inner_products
+from stages.files import MERGED
+from stages.merging.merged import Merged
+from stages.models.architecture import OUTSIDE, place
+from stages.project.params import load_params
+from stages.settings.merge import Merge
+from stages.weights.checkpoint import Checkpoint, open_stages
+
+ALL = ["sums", "names", "prose"]
+
+
+def measured():
+    settings = load_params()
+    base, stages = open_stages(ALL)
+    listed = [stage for stage in stages if stage.name in settings.merge.weights]
+    return measure(stages, Merged(base, listed, settings.merge), Checkpoint(MERGED, "merged"))
+
+
+def dense(name):
+    """The whole delta of a stage, or of the merge, as one float64 array by tensor."""
+    base, stages = open_stages(ALL)
+    if name == "merged":
+        merged = load_file("merged/model.safetensors")
+        found = {key: merged[key].double() - base.stored(key).double() for key in merged}
+    else:
+        stage = stages[ALL.index(name)]
+        found = {
+            f"{path}.{parameter}": delta.double()
+            for path in sorted(stage.adapter.modules)
+            for parameter, delta in stage.delta(path).items()
+        }
+    return {key: delta for key, delta in found.items() if delta.any()}
+
+
+def stored(name):
+    return open_stages([])[0].stored(name)
+
+
+def norm(tensors):
+    return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
+
+
+def inner(first, second):
+    return sum(float((first[key] * second[key]).sum()) for key in first.keys() & second.keys())
+
+
+def test_relative_change_and_floor_are_those_of_dense_float64(project):
+    project.params(dtype="bfloat16")
+    project.merge()
+    result = measured()
+    whole = summarise(result.rows, ["stage"]).set_index("stage")
+    for name in [*ALL, "merged"]:
+        delta = dense(name)
+        size = norm(stored(key) for key in delta)
+        assert whole.loc[name, "relative_change"] == pytest.approx(norm(delta.values()) / size, rel=1e-6)
+        assert whole.loc[name, "max_abs"] == pytest.approx(max(float(d.abs().max()) for d in delta.values()), rel=1e-6)
+    sums = dense("sums")
+    errors = [(stored(key) + delta.float()).bfloat16().double() - stored(key) - delta for key, delta in sums.items()]
+    same = sum(int(((stored(key) + delta.float()).bfloat16() == stored(key)).sum()) for key, delta in sums.items())
+    assert whole.loc["sums", "floor"] == pytest.approx(norm(errors) / norm(stored(key) for key in sums), rel=1e-3)
+    assert whole.loc["sums", "floor_share"] == pytest.approx(norm(errors) / norm(sums.values()), rel=1e-3)
+    assert whole.loc["sums", "unchanged"] == same / sum(delta.numel() for delta in sums.values())
+
+
+def test_floor_of_the_merged_file_is_its_distance_to_the_exact_merge(project):
+    project.params(dtype="bfloat16")
+    project.merge()
+    whole = summarise(measured().rows, ["stage"]).set_index("stage")
+    exact = {}
+    for name in ALL:
+        for key, delta in dense(name).items():
+            exact[key] = exact.get(key, 0) + delta
+    merged = dense("merged")
+    errors = [merged.get(key, torch.zeros_like(total)) - total for key, total in exact.items()]
+    assert whole.loc["merged", "floor_share"] == pytest.approx(norm(errors) / norm(merged.values()), rel=1e-3)
+
+
+def test_one_layer_is_measured_alone(project):
+    project.merge()
+    table = summarise(measured().rows, ["stage", "layer"]).set_index(["stage", "layer"])
+    here = {key: delta for key, delta in dense("names").items() if ".layers.2." in key}
+    expected = norm(here.values()) / norm(stored(key) for key in here)
+    assert table.loc[("names", 2), "relative_change"] == pytest.approx(expected, rel=1e-6)
+    assert ("names", 0) not in table.index
+
+
+def test_cosines_are_those_of_dense_float64(project):
+    project.merge()
+    result = measured()
+    found = cosines(sum(result.grams.values()))
+    every = [dense(name) for name in [*ALL, "merged"]]
+    for i, first in enumerate(every):
+        for j, second in enumerate(every):
+            expected = inner(first, second) / (norm(first.values()) * norm(second.values()))
+            assert found[i, j] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(("weights", "expected"), [((1.0, 1.0, 1.0), [1, 1, 1]), ((0.5, 0.5, 0.25), [0.5, 0.5, 0.25])])
+def test_task_arithmetic_survives_with_its_weights(project, weights, expected):
+    project.params(weights=weights)
+    project.merge()
+    result = measured()
+    whole = survival(sum(result.grams.values()), result.names, ALL)
+    assert list(whole["survival"][:3]) == pytest.approx(expected, rel=1e-4)
+    assert whole["share"].sum() == pytest.approx(1)
+    assert whole["share"].iloc[-1] == pytest.approx(0, abs=1e-6)
+    layer = survival(result.grams[3], result.names, ALL)
+    assert list(layer["stage"]) == ["prose", "unexplained"]
+
+
+def test_average_of_two_keeps_half_of_each():
+    first, second = torch.randn(1000), torch.randn(1000)
+    gram = inner_products([first, second, (first + second) / 2])
+    assert list(survival(gram, ["a", "b", "merged"], ["a", "b"])["survival"][:2]) == pytest.approx([0.5, 0.5])
+
+
+def test_dare_explains_the_share_that_it_keeps(project):
+    base, stages = open_stages(["sums"])
+    merge = Merge(method="dare_linear", weights={"sums": 1.0}, parameters={"density": 0.2}, dtype="float32", seed=1)
+    merged = Merged(base, stages, merge)
+    found = measure(stages, merged, merged)
+    whole = survival(sum(found.grams.values()), found.names, ["sums"])
+    assert whole["survival"].iloc[0] == pytest.approx(1, abs=0.05)
+    assert whole["share"].tolist() == pytest.approx([0.2, 0.8], abs=0.02)
+
+
+def test_unexplained_is_what_no_stage_did():
+    stage, stranger = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    gram = inner_products([stage, stranger])
+    assert survival(gram, ["a", "merged"], ["a"])["share"].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_inner_products_are_exact_across_chunks(monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", 7)
+    rows = [torch.randn(5, 9) for _ in range(3)]
+    flat = torch.stack(rows).double().reshape(3, -1).numpy()
+    np.testing.assert_allclose(inner_products(rows), flat @ flat.T, rtol=1e-12)
+
+
+def test_frozen_check_is_zero_when_all_kept_their_word(project):
+    for dtype in ("float32", "bfloat16", "float16"):
+        project.params(dtype=dtype)
+        project.merge()
+        assert (frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]})["max_abs"] == 0).all()
+
+
+def test_a_stage_that_trains_an_undeclared_layer_is_found(project):
+    project.train("prose", secretly=[2, 3])
+    project.merge()
+    found = frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]}).set_index("checkpoint")
+    expected = max(float(d.abs().max()) for key, d in dense("prose").items() if ".layers.2." in key)
+    assert found.loc["prose", "max_abs"] == pytest.approx(expected)
+    assert found.loc["sums", "max_abs"] == 0
+
+
+def test_a_merged_tensor_that_no_stage_changed_is_compared(project):
+    project.merge()
+    weights = load_file("merged/model.safetensors")
+    weights["model.embed_tokens.weight"][3, 5] += 0.5
+    save_file(weights, "merged/model.safetensors")
+    found = frozen_check(measured(), {"sums": [0, 1]}).set_index("checkpoint")
+    assert found.loc["merged", "max_abs"] == pytest.approx(0.5)
+
+
+def test_place_reads_layer_and_module():
+    assert place("model.layers.12.self_attn.q_proj", "model.layers") == (12, "self_attn.q_proj")
+    assert place("model.norm", "model.layers") == (OUTSIDE, "model.norm")
+
+
+@pytest.mark.parametrize(("count", "null"), [(2, 0.5), (3, 0.75), (4, 0.875)])
+def test_unrelated_deltas_disagree_as_often_as_chance_says(count, null):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1.0, count + 1)[:, None, None]
+    found = sign_conflict(list(sizes * torch.randn(count, 400, 500, generator=generator)))
+    assert found["disagreeing"] / found["entries"] == pytest.approx(null, abs=0.003)
+    assert found["summed"] == pytest.approx(found["summed_by_chance"], rel=0.005)
+
+
+def test_a_stage_and_its_opposite_disagree_everywhere_and_nothing_is_left():
+    delta = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    delta[0] = 0
+    found = sign_conflict([delta, -delta])
+    assert found["disagreeing"] == found["entries"] == 29 * 20
+    assert found["summed"] == 0 and found["size"] == pytest.approx(2 * float(delta.abs().sum()), rel=1e-6)
+    assert sign_conflict([delta, 2 * delta])["disagreeing"] == 0
+
+
+def test_only_merged_stages_that_meet_in_a_tensor_are_in_conflict(project):
+    project.merge()
+    found = measured().conflicts
+    assert set(found["stages"]) == {"sums, names"} and set(found["layer"]) == {1}
+    first, second = (dense(name) for name in ("sums", "names"))
+    shared = sorted(first.keys() & second.keys())
+    signs = [torch.cat([stage[key].flatten() for key in shared]).sign() for stage in (first, second)]
+    assert found["disagreeing"].sum() == int((signs[0] * signs[1] < 0).sum())
+    project.params(weights=(1.0, 0.0, 1.0))
+    project.merge()
+    assert not len(measured().conflicts)

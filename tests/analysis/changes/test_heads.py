@@ -1,0 +1,76 @@
+"""Circuits of heads against the matrices themselves, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from analysis.changes.heads import _change, measure_heads
+from stages.files import BASE
+from stages.merging.merged import Merged
+from stages.settings.merge import Merge
+from stages.weights.checkpoint import open_stages
+from tests.conftest import make_base, make_stage
+
+
+def circuits(model, layer, head, config):
+    """QK and OV of one head, [width, width]."""
+    prefix = f"model.layers.{layer}.self_attn"
+    q, k, v, o = (model.module(f"{prefix}.{part}_proj")["weight"].double().numpy() for part in "qkvo")
+    size = len(q) // config.heads
+    group = head // (config.heads // config.num_key_value_heads)
+    own, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
+    return q[own].T @ k[shared], o[:, own] @ v[shared]
+
+
+def relative(before, after):
+    return np.linalg.norm(after - before) / np.linalg.norm(before)
+
+
+def made(model, **stages):
+    make_base(model)
+    for name, (method, layers) in stages.items():
+        make_stage(name, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), method, layers)
+    base, opened = open_stages(list(stages))
+    merge = Merge(method="task_arithmetic", dtype="float32", weights=dict.fromkeys(stages, 1.0))
+    exact = Merged(base, opened, merge)
+    return base, opened, exact, measure_heads(opened, exact, exact)
+
+
+def test_every_head_has_the_change_of_its_dense_circuits():
+    base, (one, _), exact, found = made("llama-tied", one=("lora", "1-2"), two=("full", "2"))
+    config = base.architecture
+    assert set(found["layer"]) == {1, 2} and set(found["stage"]) == {"one", "two", "merged"}
+    for name, model in {"one": one, "merged": exact}.items():
+        for head in range(config.heads):
+            row = found[(found["stage"] == name) & (found["layer"] == 2) & (found["head"] == head)].iloc[0]
+            (qk, ov), (new_qk, new_ov) = (circuits(each, 2, head, config) for each in (base, model))
+            assert row["qk"] == pytest.approx(relative(qk, new_qk), rel=1e-6)
+            assert row["ov"] == pytest.approx(relative(ov, new_ov), rel=1e-6)
+
+
+def test_where_queries_are_normalised_their_scale_does_not_count():
+    base, (one,), _, found = made("qwen3", one=("lora", "1"))
+    qk, new = (circuits(each, 1, 0, base.architecture)[0] for each in (base, one))
+    best = (qk * new).sum() / (new * new).sum()
+    row = found[(found["stage"] == "one") & (found["head"] == 0)].iloc[0]
+    assert row["qk"] == pytest.approx(relative(qk, best * new), rel=1e-5)
+
+
+def test_fused_attention_and_stages_elsewhere_have_no_rows():
+    assert not len(made("gpt2", one=("lora", "1"))[3])
+    assert not len(made("llama-tied", one=("lora", {"mlp": "all"}))[3])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_changes_of_any_size_keep_their_digits(size):
+    generator = torch.Generator().manual_seed(0)
+    before, change = ([torch.randn(heads, 8, 64, generator=generator) for heads in (4, 2)] for _ in range(2))
+    after = [old + size * new for old, new in zip(before, change, strict=True)]
+    (q, k), (new_q, new_k) = ([each.double().numpy() for each in pair] for pair in (before, after))
+    found = [values.numpy() for values in _change(tuple(before), tuple(after))]
+    for head in range(4):
+        old, new = q[head].T @ k[head // 2], new_q[head].T @ new_k[head // 2]
+        away = new - (old * new).sum() / (old * old).sum() * old
+        expected = np.linalg.norm(new - old) / np.linalg.norm(old), np.linalg.norm(away) / np.linalg.norm(new)
+        assert [values[head] for values in found] == pytest.approx(expected, rel=1e-5)

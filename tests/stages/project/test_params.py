@@ -1,0 +1,169 @@
+"""Twenty and more wrong params.yaml files: each gets one sentence with file, key and fix."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.errors import MistakeError
+from stages.project.params import load_params
+from tests.conftest import ROOT, make_base
+
+MISTAKES = {
+    # name: (text to replace, its replacement, what the sentence says)
+    "unknown key": ("    rank: 4", "    rnak: 4", "stages.sums.rnak is not a known key; did you mean rank?"),
+    "unknown section": ("merge:", "merges:", "merges is not a known key; did you mean merge?"),
+    "key of another method": ("    method: ln", "    method: ln\n    rank: 4", "stages.words.rank is not a known key"),
+    "unknown parent": ("parent: sums", "parent: sum", "stages.words.parent names 'sum', which is not a stage;"),
+    "unknown dataset": ("dataset: words", "dataset: wrods", "stages.words.dataset names 'wrods'"),
+    "cycle": (
+        "parent: base",
+        "parent: words",
+        "stages.sums closes a circle (stages.sums → stages.words → stages.sums)",
+    ),
+    "own parent": ("parent: sums", "parent: words", "closes a circle (stages.words → stages.words)"),
+    "selection of nothing": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: wrods, parent: base, reference: sums, keep: 0.5}",
+        "selections.hard.dataset names 'wrods', which is not a dataset; did you mean words?",
+    ),
+    "selection by nobody": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: words, parent: base, reference: smus, keep: 0.5}",
+        "selections.hard.reference names 'smus', which is not a stage; did you mean sums?",
+    ),
+    "selection of all": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: words, parent: base, reference: sums, keep: 1}",
+        "selections.hard.keep is 1; it should be less than 1",
+    ),
+    "selection named as a dataset": (
+        "selections: {}",
+        "selections:\n  sums: {dataset: words, parent: base, reference: sums, keep: 0.5}",
+        "selections.sums has the name of a dataset; choose another",
+    ),
+    "layers outside": ("layers: 0-1", "layers: 0-4", "stages.sums.layers: '0-4' is outside the model"),
+    "too many last layers": ("layers: last 2", "layers: last 9", "which has layers 0-3"),
+    "layers backwards": ("layers: 0-1", "layers: 3-1", "runs backwards; write the smaller layer first"),
+    "layers in words": ("layers: 0-1", "layers: first two", "is no layer range; write all, 0-3"),
+    "integer name": ("  sums:\n    source", "  7:\n    source", "datasets.7 is no usable name;"),
+    "dotted name": ("  sums:\n    source", "  a.b:\n    source", "datasets.a.b is no usable name;"),
+    "reserved name": (
+        "  sums:\n    parent",
+        "  base:\n    parent",
+        "stages.base has a name that stands for the model",
+    ),
+    "weight of no stage": ("    words: 1.0", "    wrods: 1.0", "merge.weights.wrods names 'wrods'"),
+    "weight in words": ("    words: 1.0", "    words: much", "merge.weights.words is 'much'; it should be a number"),
+    "no weights": ("  weights:\n    sums: 1.0\n    words: 1.0\n", "", "merge.weights is missing; add it"),
+    "text for a number": ("lr: 1.0e-2\n    steps: 4", "lr: fast\n    steps: 4", "stages.words.lr is 'fast'"),
+    "negative rate": ("lr: 1.0e-2\n    steps: 4", "lr: -1.0\n    steps: 4", "it should be greater than 0"),
+    "fraction for a count": ("steps: 25", "steps: 2.5", "stages.sums.steps is 2.5"),
+    "unknown method": ("method: lora", "method: lroa", "stages.sums.method 'lroa' is not known; did you mean lora?"),
+    "method missing": ("    method: lora\n", "", "stages.sums.method is missing; choose one of"),
+    "unknown source": ("source: file\n    path: sums", "source: web\n    path: sums", "datasets.sums.source 'web'"),
+    "replay of nothing": ("    rank: 4", "    replay: 0.5", "stages.sums.replay has nothing to replay"),
+    "replay of all": ("replay: 0.25", "replay: 1.0", "stages.words.replay is 1.0; it should be less than 1"),
+    "filter without value": (
+        "    words: 1.0",
+        "    words: [{filter: mlp}]",
+        "merge.weights.words is [{'filter': 'mlp'}]; it should be a number, a list of numbers",
+    ),
+    "unknown output": (
+        "  dtype: float32\nev",
+        "  outputs: [lora]\nev",
+        "merge.outputs.0 is 'lora'; it should be",
+    ),
+    "dtype of the base": ("dtype: float32", "dtype: int8", "base.dtype is 'int8'; it should be 'auto', 'float32' or"),
+    "hub without a split": (
+        "source: file\n    path: sums.jsonl",
+        "source: hub\n    id: a/b",
+        "datasets.sums.revision is missing",
+    ),
+    "no extra neurons": (
+        "method: lora\n    layers: 0-1\n    rank: 4",
+        "method: bottleneck\n    layers: 0-1",
+        "write base.extra_neurons: 64",
+    ),
+    "section missing": ("base:\n  model: model\n  dtype: float32\n", "", "base is missing;"),
+    "a cosine above zero": (
+        "rounding: 0.25",
+        "cosine: 0.5",
+        "warn.cosine is 0.5; it should be less than or equal to 0",
+    ),
+    "evaluation missing": ("evaluate:\n  max_new_tokens: 4\n", "", "evaluate is missing;"),
+    "threads missing": ("threads: 1\n", "", "threads is missing; add it"),
+    "key twice": ("seed: 0", "seed: 0\nseed: 1", "line 2 is not valid YAML"),
+    "broken YAML": ("  model: model", "  model: [model", "is not valid YAML"),
+    "threads none": ("threads: 1", "threads: 0", "threads is 0; it should be auto, or a number from 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_gets_its_sentence(project, name):
+    make_base("llama-untied")  # the model is there, so layer ranges can be checked
+    text, replacement, sentence = MISTAKES[name]
+    content = Path("params.yaml").read_text()
+    assert text in content
+    Path("params.yaml").write_text(content.replace(text, replacement, 1))
+    with pytest.raises(MistakeError) as mistake:
+        load_params()
+    message = str(mistake.value)
+    assert message.startswith("params.yaml") and sentence in message
+    assert "\n" not in message and ";" in message
+
+
+def test_a_selection_cannot_be_made_by_the_stage_that_trains_on_it(project):
+    text = Path("params.yaml").read_text().replace("dataset: words", "dataset: hard")
+    selection = "selections:\n  hard: {dataset: words, parent: base, reference: words, keep: 0.5}"
+    Path("params.yaml").write_text(text.replace("selections: {}", selection))
+    with pytest.raises(MistakeError, match=r"closes a circle .*selections\.hard"):
+        load_params()
+
+
+def test_the_file_as_it_stands_is_right(project):
+    settings = load_params()
+    assert settings.ancestors("words") == ["sums"]
+    assert settings.stages["sums"].lr == 0.01
+
+
+@pytest.mark.parametrize("rate", ["1e-05", "1e-5", "0.00001", "1.0e-5"])
+def test_small_numbers_are_numbers_however_they_are_written(project, rate):
+    content = Path("params.yaml").read_text().replace("lr: 1.0e-2\n    steps: 4", f"lr: {rate}\n    steps: 4")
+    Path("params.yaml").write_text(content)
+    assert load_params().stages["words"].lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["tools.cli check", "stages.base", "stages.data sums", "stages.train sums", "stages.pick sums", "stages.merge"],
+)
+def test_every_stage_says_it_on_the_command_line_without_a_traceback(project, monkeypatch, stage):
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "sead: 0", 1))
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(project)}
+    done = subprocess.run([sys.executable, "-m", *stage.split()], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: params.yaml: sead is not a known key; did you mean seed?"
+
+
+def test_a_missing_file_is_one_sentence(workspace):
+    with pytest.raises(MistakeError, match=r"params\.yaml is missing; run the command in the folder that holds it"):
+        load_params()
+
+
+def test_the_projects_own_params_are_right(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load_params()
+
+
+def test_two_stages_may_not_train_the_same_new_neurons(project):
+    make_base("llama-untied")
+    text = Path("params.yaml").read_text().replace("base:\n", "base:\n  extra_neurons: 8\n")
+    for method in ("lora", "ln"):
+        text = text.replace(f"method: {method}", "method: bottleneck\n    neurons: 0-3")
+    Path("params.yaml").write_text(text.replace("    rank: 4\n", "").replace("layers: last 2", "layers: 1-3"))
+    with pytest.raises(MistakeError, match=r"stages.words.neurons: stage sums has some of '0-3' too"):
+        load_params()
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 1-3", "layers: 2-3"))
+    load_params()

@@ -1,0 +1,72 @@
+"""Frozen weights divided between two processes: against one that holds them all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import train
+from stages.files import CHECKPOINTS
+from stages.project.params import load_params
+from stages.training.protection import BASES
+from tests.conftest import ROOT
+from tests.stages.test_train import prepare
+from tests.stages.training.test_loop import LAUNCH, curve_of
+
+# Accelerate knows FSDP on accelerators only. Here two processes of a CPU are told to do what they would do there, in
+# the environment that its launcher makes; each leaves how many numbers of the frozen weights it holds.
+DIVIDED = """
+import sys
+from pathlib import Path
+from accelerate.utils import DistributedType
+from stages import train
+from stages.project.params import load_params
+train.DIVIDED = (DistributedType.MULTI_CPU,)
+def fit(model, stage, sources, seed, accelerator, *args, **kwargs):
+    held = [getattr(p, "_local_tensor", p).numel() for p in model.parameters() if not p.requires_grad]
+    Path(f"held{accelerator.process_index}").write_text(str(sum(held)))
+    return original(model, stage, sources, seed, accelerator, *args, **kwargs)
+original, train.fit = train.fit, fit
+train.main(sys.argv[1])
+"""
+
+
+# Pieces of three of eight examples are an odd number, so that one process has nothing to do in the end.
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("lora\n    rank: 4", "\n    remember: 0.9\n    micro_batch_size: 3\n    gradient_checkpointing: true"),
+        ("full", ""),
+    ],
+)
+def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, method, keys):
+    content = Path("params.yaml").read_text().replace("steps: 25", "steps: 8").replace("lr: 1.0e-2", "lr: 1.0e-3")
+    Path("params.yaml").write_text(
+        content.replace("method: lora\n    layers: 0-1\n    rank: 4", f"method: {method}\n    layers: 2-3{keys}")
+    )
+    weights = prepare()
+    train.main("sums")
+    curve, truth = curve_of("sums"), load_file(weights)
+    bases = load_file(CHECKPOINTS / "sums" / BASES) if keys else {}
+    frozen = sum(p.numel() for p in train.load_parent(load_params().stages["sums"], torch.float32).parameters())
+
+    Path("divided.py").write_text(DIVIDED)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | fsdp
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "divided.py", "sums"], env=environment, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert curve_of("sums") == pytest.approx(curve, rel=1e-4)
+    found = load_file(weights)
+    assert found.keys() == truth.keys()
+    assert all(torch.allclose(found[name], truth[name], rtol=1e-3, atol=1e-5) for name in truth)
+    again = load_file(CHECKPOINTS / "sums" / BASES) if keys else {}
+    assert {name: basis.shape for name, basis in again.items()} == {name: basis.shape for name, basis in bases.items()}
+    held = [int(Path(f"held{process}").read_text()) for process in range(2)]
+    assert frozen <= sum(held) < 1.1 * frozen

@@ -1,0 +1,29 @@
+"""Check params.yaml and say what it means here: `strata check`."""
+
+from argparse import ArgumentParser
+
+from stages.errors import MistakeError
+from stages.project.params import PARAMS, load_params
+
+TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
+
+
+def add_arguments(_: ArgumentParser) -> None:
+    """Nothing to say."""
+
+
+def main() -> None:
+    """Tell the first mistake, or that there is none."""
+    from stages.merging.kernels import find_kernel
+
+    params = load_params()
+    find_kernel(params.merge)
+    for section in TRACKED:
+        if section not in params.model_fields_set:
+            raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
+    print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
+    if params.threads == "auto":
+        print(
+            f"threads: auto is {params.thread_count} on this machine. A machine with another number gets other last"
+            " digits, and DVC takes both for the same result; pin a number to share results bit for bit."
+        )

@@ -1,0 +1,41 @@
+"""The command `strata`: what a person runs by hand, each command a module beside this one."""
+
+import argparse
+import importlib
+import sys
+
+from stages.errors import run
+from stages.settings.section import nearest
+
+COMMANDS = {
+    "check": "whether params.yaml is right, and what it means on this machine",
+    "show": "training examples token by token, with their weights",
+    "view": "the report: its headline here, its page in the browser",
+    "compare": "what sets any models apart, layer by layer",
+    "search": "better weights for the merge, found on the tuning splits",
+    "provenance": "how a file was made, from its own metadata",
+}
+
+
+def main() -> None:
+    """Run the command that the first word names."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: strata has no command {name!r}; {nearest(name, COMMANDS)}")
+    module = importlib.import_module(f"tools.{name}")
+    parser = argparse.ArgumentParser(f"strata {name}", description=f"Tell {COMMANDS[name]}.")
+    module.add_arguments(parser)
+    run(module.main, **vars(parser.parse_args(words)))
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: strata COMMAND …", "", *lines, "", "`strata COMMAND --help` tells more of one."])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""What sets models apart, layer by layer: `strata compare A B [C …]`.
+
+A is a folder with a model's safetensors; each of the others is such a folder or a PEFT adapter made for A. None need
+be Strata's. Writes one self-contained page, compare.html or what `--output` names, and prints its headline. Of files
+alone it can tell how far each is from A and whether they moved the same way, not what they can do.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analysis.changes.deltas import COLUMNS
+from analysis.changes.tables import summarise
+from analysis.changes.tensors import cosines, inner_products, norm, rounding
+from analysis.telling.figures import cosine_maps, heat_maps
+from analysis.telling.page import render
+from analysis.telling.text import percent
+from analysis.telling.words import ranges
+from stages.errors import MistakeError
+from stages.files import write_text
+from stages.models.architecture import OUTSIDE
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+
+ROUNDED = 0.5  # what rounding alone would alter, as a share of the difference, from which the headline tells
+ALIKE = 0.1  # cosine, of either sign, from which two models are said to have moved together or apart
+
+Model = Checkpoint | VirtualCheckpoint
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How models differ from the first.
+
+    Attributes:
+        names: of the others.
+        rows: one per model and tensor that differs, with the columns of `analysis.deltas`; `error` is what rounding
+            to the model's dtype alters, of which a file of weights has kept only the size that is to be expected.
+        grams: by layer, inner products of the differences, float64 [names, names].
+        tensors: how many were compared.
+        missing: by model, tensors that it or the first lacks, or whose shape is another.
+        modules: kinds of modules in the order of the model.
+        layers: how many layers the first has.
+    """
+
+    names: list[str]
+    rows: pd.DataFrame
+    grams: dict[int, np.ndarray]
+    tensors: int
+    missing: dict[str, list[str]]
+    modules: list[str]
+    layers: int
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """Inner products over the whole model."""
+        return sum(self.grams.values(), np.zeros((len(self.names), len(self.names))))
+
+    @cached_property
+    def whole(self) -> pd.DataFrame:
+        """Metrics of each model over all tensors in which it differs, by name."""
+        return summarise(self.rows, ["stage"]).set_index("stage").reindex(self.names)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Which models, and where the page goes."""
+    parser.add_argument("first", type=Path, help="folder of the model that the others are compared with")
+    parser.add_argument(
+        "others", type=Path, nargs="+", help="folders of models, or of PEFT adapters made for the first"
+    )
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page to write")
+
+
+def main(first: Path, others: list[Path], output: Path) -> None:
+    """Compare the other models with the first and write the page."""
+    base, models = open_models([first, *others])
+    compared = compare(base, models)
+    told = headline(compared, base.name)
+    page = {
+        "first": base.name,
+        "compared": compared,
+        "headline": told,
+        "pictures": draw(compared),
+        "rows": [{"name": name} | compared.whole.loc[name].to_dict() for name in compared.names],
+    }
+    write_text(output, render("compare.html", page))
+    print("\n".join(f"- {sentence}" for sentence in told))
+    print(f"\nThe page is {output}")
+
+
+def open_models(folders: list[Path]) -> tuple[Checkpoint, list[Model]]:
+    """The first model and the others, named after their folders, with the folder above where two have one name.
+
+    Raises:
+        MistakeError: a folder is no model, nor an adapter.
+    """
+    counts = Counter(folder.name for folder in folders)
+    names = [f.name if counts[f.name] == 1 else "/".join(f.resolve().parts[-2:]) for f in folders]
+    if not (folders[0] / "config.json").exists() or not list(folders[0].glob("model*.safetensors")):
+        raise MistakeError(f"{folders[0]} is no model with config.json and model*.safetensors; name its folder first")
+    first = Checkpoint(folders[0], names[0])
+    models: list[Model] = []
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        if (folder / "adapter_config.json").exists():
+            models.append(VirtualCheckpoint(name, first, folder))
+        elif list(folder.glob("model*.safetensors")):
+            models.append(Checkpoint(folder, name))
+        else:
+            raise MistakeError(
+                f"{folder} holds neither model*.safetensors nor adapter_config.json; name another folder"
+            )
+    return first, models
+
+
+def compare(first: Checkpoint, models: list[Model]) -> Compared:
+    """Read every tensor of every model, one at a time, and what it adds to the first's.
+
+    Raises:
+        MistakeError: a model has no tensor in common with the first.
+    """
+    names = [model.name for model in models]
+    rows: list[dict[str, Any]] = []
+    grams: dict[int, np.ndarray] = {}
+    missing: dict[str, list[str]] = {name: [] for name in names}
+    tensors = _tensors(first, models)
+    for path, parameter in tensors:
+        tensor, where = f"{path}.{parameter}", first.architecture.place(path)
+        deltas: dict[str, torch.Tensor] = {}
+        for model in models:
+            found = _difference(first, model, path, parameter)
+            if found is None:
+                missing[model.name].append(tensor)
+            elif bool(found[0].any()):
+                deltas[model.name] = found[0]
+                rows.append(dict(zip(COLUMNS, (model.name, *where, parameter, *found[1]), strict=True)))
+        if deltas:
+            here = [names.index(name) for name in deltas]
+            gram = grams.setdefault(where[0], np.zeros((len(names), len(names))))
+            gram[np.ix_(here, here)] += inner_products(list(deltas.values()))
+    for name, lacking in missing.items():
+        if len(lacking) == len(tensors):
+            raise MistakeError(
+                f"{name} has no tensor of the same name and shape as {first.folder}; compare its own base"
+            )
+    kinds = first.architecture.kinds
+    layers = first.architecture.layers
+    return Compared(names, pd.DataFrame(rows, columns=COLUMNS), grams, len(tensors), missing, kinds, layers)
+
+
+def _tensors(first: Checkpoint, models: list[Model]) -> list[tuple[str, str]]:
+    """Modules and parameters that any of the models stores, those of the first in its order."""
+    stored = [model.modules for model in (first, *models) if isinstance(model, Checkpoint)]
+    return list(dict.fromkeys((path, name) for modules in stored for path, names in modules.items() for name in names))
+
+
+def _difference(
+    first: Checkpoint, model: Model, path: str, parameter: str
+) -> tuple[torch.Tensor, tuple[Any, ...]] | None:
+    """The difference in one tensor, float32, and its row from `entries` on; None where one of the two lacks it."""
+    try:
+        stored = first.stored(f"{path}.{parameter}")
+        weight = stored.float()
+        if isinstance(model, VirtualCheckpoint):
+            result = model.module(path)[parameter]
+            delta = result - weight
+            lost = rounding(weight, result, result.to(stored.dtype))
+        else:
+            own = model.stored(f"{path}.{parameter}")
+            if own.shape != stored.shape:
+                return None
+            delta = own.float() - weight
+            lost = {"error": norm(spacing(own)) / 12**0.5, "unchanged": int((delta == 0).sum())}
+    except KeyError:
+        return None
+    largest = float(delta.abs().max())
+    return delta, (weight.numel(), norm(weight), norm(delta), lost["error"], lost["unchanged"], largest)
+
+
+def spacing(values: torch.Tensor) -> torch.Tensor:
+    """Distance to the next number of the same dtype, float32; 0 for 0.
+
+    Rounding to nearest moves a number by up to half of it, evenly spread, so by 1/√12 of it in root mean square.
+    """
+    exponents = torch.frexp(values.float()).exponent - 1
+    steps = torch.full(values.shape, torch.finfo(values.dtype).eps)
+    return torch.where(values == 0, 0.0, torch.ldexp(steps, exponents))
+
+
+def headline(compared: Compared, first: str) -> list[str]:
+    """A sentence of fact for every model, and one for every two that moved together or against each other."""
+    return [*(_differs(compared, first, name) for name in compared.names), *_together(compared)]
+
+
+def _differs(compared: Compared, first: str, name: str) -> str:
+    rows, whole = compared.rows[compared.rows["stage"] == name], compared.whole.loc[name]
+    missing = len(compared.missing[name])
+    rest = f" {missing} tensors could not be compared." if missing else ""
+    if not len(rows):
+        return f"{name} equals {first} in every tensor that both have.{rest}"
+    layers = sorted(set(rows["layer"]) - {OUTSIDE})
+    where = f"layers {ranges(layers)}" if layers else ""
+    outside = "what lies outside the layers" if OUTSIDE in set(rows["layer"]) else ""
+    told = (
+        f"{name} differs from {first} in {len(rows)} of {compared.tensors} tensors, in"
+        f" {' and '.join(filter(None, [where, outside]))}, by {percent(whole.relative_change)} of their size."
+    )
+    if whole.floor_share > ROUNDED:
+        told += f" Rounding alone accounts for {percent(min(whole.floor_share, 1.0))} of that."
+    return told + rest
+
+
+def _together(compared: Compared) -> Iterator[str]:
+    angles = cosines(compared.gram)
+    for i, j in zip(*np.triu_indices(len(compared.names), 1), strict=True):
+        if abs(angles[i, j]) > ALIKE:
+            way = "the same way" if angles[i, j] > 0 else "against each other"
+            yield f"{compared.names[i]} and {compared.names[j]} moved {way} (cosine {angles[i, j]:+.2f})."
+
+
+def draw(compared: Compared) -> dict[str, str]:
+    """The pictures as SVG: where each model differs, and, if there are several, who moved with whom."""
+    inside = compared.rows[compared.rows["layer"] != OUTSIDE]
+    cells = summarise(inside, ["stage", "layer", "module"])
+    names, layers = compared.names, compared.layers
+    pictures = {"layers": heat_maps(cells, names, names, compared.modules, layers)}
+    if len(names) > 1:
+        pictures["cosines"] = cosine_maps(compared.gram, compared.grams, names, layers, paired=len(names))
+    return pictures

@@ -1,0 +1,117 @@
+"""Training examples token by token, with their weights: `strata show NAME`."""
+
+import math
+import os
+import re
+import sys
+from argparse import ArgumentParser
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+from stages.errors import MistakeError
+from stages.files import BASE, DATA
+from stages.project.params import load_params
+from stages.records.lines import load_split
+from stages.records.record import Record
+from stages.records.source import Source
+from stages.records.tokens import Example, encode
+
+GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # ANSI colours of weights, from small to large
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Which dataset, and how many examples."""
+    parser.add_argument("name", help="a dataset or selection of params.yaml")
+    parser.add_argument("count", nargs="?", type=_positive, default=3, help="how many examples; 3 by default")
+
+
+def main(name: str, count: int) -> None:
+    """Print the first training examples of a dataset or selection `name` token by token, with their weights.
+
+    Raises:
+        MistakeError: the base, which has the tokenizer, or the selection is not there.
+    """
+    settings = load_params()
+    dataset: Source = settings.find("datasets", settings.selected_from(name))
+    if name in settings.selections and not (DATA / name).is_dir():
+        raise MistakeError(f"{DATA / name} is missing, for it has not been chosen yet; run dvc repro select@{name}")
+    if not BASE.is_dir():
+        raise MistakeError(f"{BASE} is missing, and with it the tokenizer; run dvc repro base")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    records = list(islice(_training(dataset, name, settings.seed), count))
+    examples = [encode(record, tokenizer, sys.maxsize) for record in records]
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    scale = max(abs(weight) for example in examples for weight in _counted(example)) if coloured else None
+    print(legend(scale))
+    for number, (record, example) in enumerate(zip(records, examples, strict=True), start=1):
+        part = f" of {record['part']}" if "part" in record else ""
+        texts = [str(tokenizer.decode([token])) for token in example.ids]
+        print(f"\nexample {number}{part}, {summary([example])}\n{draw(texts, _counted(example), scale)}")
+    print(f"\ntogether {summary(examples)}")
+
+
+def legend(scale: float | None) -> str:
+    """What colours mean where there are any: the strongest is a weight of `scale`."""
+    if not scale:
+        return "⟨weight⟩ of the tokens that follow; · between two of the same weight"
+    steps = [scale * step / len(GREENS) for step in range(-len(REDS), len(GREENS) + 1)]
+    return "weight up to " + "".join(paint(f" {step:.3g} ", step, scale) for step in steps)
+
+
+def draw(texts: list[str], weights: list[float], scale: float | None) -> str:
+    """Tokens with dots between those of the same weight, which is a colour or, without a scale, a number."""
+    drawn, before = "", None
+    for text, weight in zip(texts, weights, strict=True):
+        if weight != before:
+            drawn += "" if scale else f"⟨{weight:g}⟩"
+        elif not drawn.endswith("\n"):
+            drawn += "·"
+        drawn += paint(_visible(text), weight, scale) if scale else _visible(text)
+        if "\n" in text:
+            drawn += "\n"
+        before = weight
+    return drawn.rstrip("\n")
+
+
+def paint(text: str, weight: float, scale: float) -> str:
+    """Text on green, or on red if the weight is negative; the stronger, the larger the weight beside `scale`."""
+    if not weight:
+        return text
+    shade = math.ceil(len(GREENS) * (abs(weight) / scale))
+    return f"\x1b[38;5;16;48;5;{(GREENS if weight > 0 else REDS)[shade - 1]}m{text}\x1b[0m"
+
+
+def summary(examples: list[Example]) -> str:
+    """How many tokens there are, and how many of them count in the loss."""
+    tokens = sum(len(example.ids) for example in examples)
+    learned = sum(weight != 0 for example in examples for weight in _counted(example))
+    return f"{tokens} tokens, {learned} of them supervised ({100 * learned / tokens:.0f} %)"
+
+
+def _training(dataset: Source, name: str, seed: int) -> Iterator[Record]:
+    """Training records as the data stage left them, or made here if it has not run."""
+    if (DATA / name).is_dir():
+        return iter(load_split(name, "train"))
+    splits = dataset.splits(name, seed, f"params.yaml: datasets.{name}")
+    for part in ("eval", "tune"):
+        deque(splits[part], maxlen=0)  # a stream gives them first
+    return iter(splits["train"])
+
+
+def _counted(example: Example) -> list[float]:
+    """Weights as they count: nothing predicts the first token."""
+    return [0.0, *example.weights[1:]]
+
+
+def _visible(text: str) -> str:
+    """Text without characters that a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text.replace("\n", "↵"))
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
