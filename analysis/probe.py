@@ -1,20 +1,20 @@
-"""What the training did to the running models: `python -m analysis.probe`.
+"""What the training did to a running model: `python -m analysis.probe NAME`, where NAME is `base`, a stage or `merged`.
 
-Every checkpoint reads the same texts as the base: some of each eval split (on-domain) and those of probes.jsonl
+It reads the same texts as the base: some of each eval split (on-domain) and those of probes.jsonl
 (off-domain: other languages, code, prose). Compared layer by layer are the hidden states, what the output layer would
 make of them (the logit lens), and where attention goes; then early layers are reset, to see whether they are the
-cause, and layers of each stage are taken away, to see which carry its skill. Writes reports/probe.json.
+cause, and layers of a stage are taken away, to see which carry its skill. Writes reports/probe/NAME.json.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from analysis.running.watching import (
@@ -29,15 +29,15 @@ from analysis.running.watching import (
     written,
 )
 from stages.errors import run
-from stages.files import CHECKPOINTS, REPORTS, read_json, write_json
-from stages.merging.merged import open_merged
+from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, write_json
 from stages.models.architecture import layer_stack, place
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
+from stages.models.scoring import mean_loss
 from stages.project.params import Params, load_params
 from stages.records.lines import load_split
 from stages.records.tokens import encode
-from stages.score import mean_loss
-from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, open_stages
+from stages.settings.evaluate import Evaluate
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, open_base, open_model
 
 PROBES = Path(__file__).parent / "running" / "probes.jsonl"
 ON_DOMAIN = 5  # records of each eval split
@@ -49,39 +49,43 @@ ABLATED = 8  # records of each eval split that an ablation is measured on
 NULL = 4  # off-domain texts that the noise of bfloat16 is measured on, for some processors run it slowly
 
 
-def main() -> None:
-    """Probe every checkpoint against the base."""
-    settings = load_params()
-    torch.set_num_threads(settings.thread_count)
-    base, stages = open_stages(list(settings.stages))
-    listed = [stage for stage in stages if stage.name in settings.merge.weights]
-    merged = open_merged(base, listed, settings.merge)
-    own = {stage.name: read_json(CHECKPOINTS / stage.name / "stage.json")["layers"] for stage in stages}
-    lineages = {name: settings.lineage(name) for name in own} | {"merged": [stage.name for stage in listed]}
-    trained = {name: sorted({layer for each in lineage for layer in own[each]}) for name, lineage in lineages.items()}
-    texts = read_texts(settings)
-    model = load_eager(base)
-    before = {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
-    del model  # what it saw is all that is needed of it, and a large one would lie beside every other
-    result: dict[str, Any] = {
-        "layers": base.architecture.layers,
-        "floor": floor(base, texts["off"][:NULL], before["off"][:NULL]),
-        "base": {"attention": attention_of(before["off"]), "written": written(before["off"])},
-        "checkpoints": {},
-    }
-    for checkpoint in tqdm([*stages, merged], desc="probe", unit="checkpoint", dynamic_ncols=True):
-        result["checkpoints"][checkpoint.name] = {
-            "trained": trained[checkpoint.name],
-            **probe(checkpoint, base, texts, before),
-        }
-    result["ablation"] = [row for stage in listed for row in ablate(stage, own[stage.name], settings)]
-    write_json(REPORTS / "probe.json", _rounded(result))
+def main(name: str) -> None:
+    """Probe the model of that name: the base by itself, every other one against the base."""
+    params = load_params()
+    torch.set_num_threads(params.thread_count)
+    base = open_base()
+    texts = read_texts()
+    before = watch_all(load_eager(base), texts)
+    if name == "base":
+        found = probe_base(base, texts["off"][:NULL], before["off"])
+    else:
+        checkpoint = open_model(name)
+        found = {"trained": trained_layers(name, params), **probe(checkpoint, base, texts, before), "ablation": []}
+        if isinstance(checkpoint, VirtualCheckpoint) and name in params.stages:
+            found["ablation"] = ablate(checkpoint, own_layers(name), params.evaluate)
+    write_json(REPORTS / "probe" / f"{name}.json", _rounded(found))
 
 
-def read_texts(settings: Params) -> dict[str, list[torch.Tensor]]:
+def own_layers(name: str) -> list[int]:
+    """The layers that a stage itself trained."""
+    return list(read_json(CHECKPOINTS / name / "stage.json")["layers"])
+
+
+def trained_layers(name: str, params: Params) -> list[int]:
+    """The layers that were trained on the way from the base to a stage, or to the merged model."""
+    ends = params.merge.weights if name == "merged" else [name]
+    return sorted({layer for end in ends for stage in params.lineage(end) for layer in own_layers(stage)})
+
+
+def watch_all(model: PreTrainedModel, texts: dict[str, list[torch.Tensor]]) -> dict[str, list[Seen]]:
+    """What a model makes of the texts of both domains."""
+    return {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
+
+
+def read_texts() -> dict[str, list[torch.Tensor]]:
     """Token ids [tokens] of the texts, `on` and `off` domain."""
     tokenizer = load_tokenizer()
-    records = [record for name in settings.datasets for record in load_split(name, "eval")[:ON_DOMAIN]]
+    records = [record for name in read_json(PICKED / "data.json") for record in load_split(name, "eval")[:ON_DOMAIN]]
     others = [json.loads(line)["text"] for line in PROBES.read_text(encoding="utf-8").splitlines()]
     return {
         "on": [torch.tensor(encode(record, tokenizer, LONGEST).ids) for record in records],
@@ -97,7 +101,7 @@ def probe(
 ) -> dict[str, Any]:
     """Everything that is compared between a checkpoint and the base, which saw `before`."""
     model = load_eager(checkpoint)
-    after = {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
+    after = watch_all(model, texts)
     pairs = {domain: list(zip(before[domain], seen, strict=True)) for domain, seen in after.items()}
     lens = {domain: torch.stack([lens_divergence(*pair) for pair in each]) for domain, each in pairs.items()}
     result: dict[str, Any] = {
@@ -133,6 +137,15 @@ def reset_early(
     return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}
 
 
+def probe_base(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
+    """What the base itself does, and on some of the texts what running it with fewer digits alone makes."""
+    return {
+        "layers": base.architecture.layers,
+        "floor": floor(base, texts, seen[: len(texts)]),
+        "base": {"attention": attention_of(seen), "written": written(seen)},
+    }
+
+
 def floor(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
     """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
 
@@ -145,17 +158,18 @@ def floor(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict
     return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
 
 
-def ablate(stage: VirtualCheckpoint, trained: list[int], settings: Params) -> list[dict[str, Any]]:
+def ablate(stage: VirtualCheckpoint, trained: list[int], bounds: Evaluate) -> list[dict[str, Any]]:
     """Loss of a stage on every skill in nats per token, whole and with a group of its layers as its parent has them."""
     model, tokenizer = load_model(stage, compute_dtype(), device()), load_tokenizer()
     stack = layer_stack(model)
-    records = {name: load_split(name, "eval")[:ABLATED] for name in settings.datasets}
+    records = {name: load_split(name, "eval")[:ABLATED] for name in read_json(PICKED / "data.json")}
 
     def losses() -> dict[str, float]:
-        return {name: mean_loss(model, tokenizer, each, settings.evaluate.batch_size) for name, each in records.items()}
+        return {name: mean_loss(model, tokenizer, each, bounds.batch_size) for name, each in records.items()}
 
     whole, rows = losses(), []
-    for group in np.array_split(trained, min(GROUPS, len(trained))):
+    groups = np.array_split(trained, min(GROUPS, len(trained))) if trained else []  # an embedding lies in no layer
+    for group in groups:
         modules = [path for path in stage.adapter.modules if place(path, stack)[0] in group]
         set_weights(model, stage.parent, modules)
         found = losses()
@@ -182,4 +196,4 @@ def _rounded(content: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, *(sys.argv[1:2] or [""]))

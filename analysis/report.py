@@ -1,6 +1,6 @@
 """The report of what the training changed, in one HTML file: `python -m analysis.report`.
 
-Reads params.yaml, checkpoints/, merged/ and what the other stages left in reports/. Writes reports/report.html,
+Reads params.yaml and what the other stages left in reports/, and no weight of any model. Writes reports/report.html,
 report.md (the same in short, for a pull request), lineage.json (its log of actions), evaluation.svg and layers.svg (two
 of its pictures), deltas.parquet (every number about weights), layers.json (for `dvc plots`) and metrics.json (for `dvc
 metrics`). No times and no chance: a second run writes the same bytes.
@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import pandas as pd
-import torch
 
 from analysis.changes.tables import summarise, survival, tidy
 from analysis.telling.facts import Facts, gather
@@ -36,10 +35,8 @@ from stages.project.params import load_params
 
 
 def main() -> None:
-    """Measure, then write every file of the report."""
-    settings = load_params()
-    torch.set_num_threads(settings.thread_count)
-    write(gather(settings))
+    """Write every file of the report."""
+    write(gather(load_params()))
 
 
 def write(facts: Facts) -> None:
@@ -48,7 +45,7 @@ def write(facts: Facts) -> None:
     for name in ("evaluation", "layers"):
         write_text(REPORTS / f"{name}.svg", pictures[name])
     write_json(REPORTS / "layers.json", layer_rows(facts))
-    tidy(facts.measured.rows, facts.heads).to_parquet(REPORTS / "deltas.parquet", index=False)
+    tidy(facts.measured.rows, facts.measured.heads).to_parquet(REPORTS / "deltas.parquet", index=False)
     write_json(REPORTS / "metrics.json", metrics(facts))
     told = contents(facts, pictures)
     write_json(REPORTS / "lineage.json", told["log"])
@@ -74,12 +71,17 @@ def draw(facts: Facts) -> dict[str, str]:
         "drift": drift_lines(facts.probe, measured.layers),
         "behaviour": behaviour_lines(facts.probe, measured.layers),
         "heads": head_maps(
-            facts.heads[facts.heads["stage"] == "merged"],
+            facts.measured.heads[facts.measured.heads["stage"] == "merged"],
             facts.probe["checkpoints"]["merged"]["attention"]["divergence"],
         ),
-        "ablation": ablation_map(facts.probe["ablation"], facts.settings.skills),
+        "ablation": ablation_map(ablations(facts), facts.settings.skills),
         "curves": loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
     }
+
+
+def ablations(facts: Facts) -> list[dict[str, Any]]:
+    """What taking layers away did, of every stage that has some."""
+    return [row for name in facts.settings.stages for row in facts.probe["checkpoints"][name]["ablation"]]
 
 
 def layer_shares(facts: Facts) -> pd.DataFrame:

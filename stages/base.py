@@ -7,17 +7,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stages.models.houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
 from stages.files import BASE, publish, sha256, write_json
-from stages.merging.kernels import find_kernel
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
-from stages.project.params import load_params, refuse_layers_outside
+from stages.project.check import load_checked
+from stages.project.params import refuse_layers_outside
 
 
 def main() -> None:
     """Write checkpoints/base: config, tokenizer, weights (in shards if they are many) and stage.json."""
-    params = load_params()
-    find_kernel(params.merge)  # here and not in the merge, which comes after all training
+    params = load_checked()
     settings = params.base
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
@@ -47,6 +46,7 @@ def main() -> None:
             "name": "base",
             "model": settings.model,
             "revision": settings.revision,
+            "room": settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"}),
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": model.num_parameters(),
             "layers": model.config.num_hidden_layers,

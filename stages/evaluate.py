@@ -1,28 +1,24 @@
-"""The merged model on every skill, beside base and stages: `python -m stages.evaluate`.
+"""Every model on every skill, in one matrix: `python -m stages.evaluate`.
 
-Adds the merged model's row to the matrix of `stages.score` and tells what share of each stage's gain the merge
-keeps. Writes reports/evaluation.json.
+Rows are the base, each stage and the merged model, as `stages.score` left them. Tells also what share of each stage's
+gain the merge keeps. Writes reports/evaluation.json.
 """
 
 from typing import Any
 
-import torch
-
 from stages.errors import run
 from stages.files import REPORTS, read_json, write_json
-from stages.merging.merged import open_merged
 from stages.project.params import load_params
-from stages.score import Matrix, score_all
-from stages.weights.checkpoint import open_stages
+
+Matrix = dict[str, dict[str, dict[str, float]]]  # model, dataset, then loss and accuracy
 
 
 def main() -> None:
-    """Score the merged model and write the whole matrix with each stage's retention."""
-    settings = load_params()
-    torch.set_num_threads(settings.thread_count)
-    merged = open_merged(*open_stages(list(settings.merge.weights)), settings.merge)
-    matrix = read_json(REPORTS / "scores.json") | score_all([merged], settings)
-    write_json(REPORTS / "evaluation.json", {"matrix": matrix, "retention": retention(matrix, settings.skills)})
+    """Write the whole matrix with each stage's retention."""
+    params = load_params()
+    names = ["base", *params.stages, "merged"]
+    matrix = {name: read_json(REPORTS / "scores" / f"{name}.json") for name in names}
+    write_json(REPORTS / "evaluation.json", {"matrix": matrix, "retention": retention(matrix, params.skills)})
 
 
 def retention(matrix: Matrix, skills: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from stages.errors import run
-from stages.files import BASE, CHECKPOINTS, MERGED, PICKED, publish, read_json, write_json
+from stages.files import BASE, CHECKPOINTS, MERGED, publish, read_json, write_json
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, check_errors, fit_dora, fit_lora
 from stages.merging.merged import Merged
 from stages.models.architecture import FILE as ARCHITECTURE
@@ -39,7 +39,6 @@ def main() -> None:
     settings = load_params()
     # Processes share the work, one thread each: that is faster, and their number does not change a bit.
     torch.set_num_threads(1)
-    forget_unlisted(list(settings.merge.weights))
     merged = Merged(*open_stages(sorted(settings.merge.weights)), settings.merge)
     facts = lineage(settings)
     with publish(MERGED) as folder:
@@ -181,8 +180,9 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
     """Write the adapter and the error of each of its modules; refuse one that misses the tolerance."""
     folder.mkdir()
     base = read_json(BASE / "stage.json")
-    name = base["model"] if base["revision"] else str(BASE)
-    errors = adapter.save(folder, name, any(map(merged.is_transposed, merged.changed())), metadata)
+    is_hubs = base["revision"] and not any(base["room"].values())  # with room it is another model than the hub's
+    name, revision = (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
+    errors = adapter.save(folder, name, revision, any(map(merged.is_transposed, merged.changed())), metadata)
     write_json(folder / "errors.json", errors)
     check_errors(errors, merged.merge.adapter.tolerance)
 
@@ -211,13 +211,6 @@ def copy_companions(merged: Merged, folder: Path) -> None:
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
-
-
-def forget_unlisted(listed: list[str]) -> None:
-    """Delete manifests of stages that are no longer merged, for DVC leaves them where they are."""
-    for manifest in PICKED.glob("*.json"):
-        if manifest.stem not in listed:
-            manifest.unlink()
 
 
 if __name__ == "__main__":

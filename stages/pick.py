@@ -1,23 +1,42 @@
-"""Name one checkpoint as an input of the merge: `python -m stages.pick NAME`.
+"""Name what later stages read: `python -m stages.pick data`, or `checkpoints`.
 
-DVC cannot make a list of dependencies from params.yaml, so each merged stage leaves a manifest with its
-hash in picked/, and the merge depends on that folder.
+DVC cannot make a list of dependencies from params.yaml, and a folder may hold what params.yaml does not name any more.
+So picked/ has a list of the evaluation splits (data.json), one of all stages with their records (checkpoints.json) and
+one of those that are merged (merged.json): a later stage depends on a list, and runs again when its part has changed.
 """
 
 import sys
+from typing import Any
 
-from stages.errors import run
-from stages.files import CHECKPOINTS, PICKED, read_json, write_json
-from stages.project.params import load_params
+from stages.errors import MistakeError, run
+from stages.files import CHECKPOINTS, DATA, PICKED, read_json, sha256, write_json
+from stages.project.params import Params, load_params
 
 
-def main(name: str) -> None:
-    """Write picked/NAME.json: the stage and the hashes of its lineage."""
-    settings = load_params()
-    lineage = settings.lineage(name)
-    hashes = {stage: read_json(CHECKPOINTS / stage / "stage.json")["sha256"] for stage in ["base", *lineage]}
-    write_json(PICKED / f"{name}.json", {"stage": name, "sha256": hashes})
+def main(kind: str) -> None:
+    """Write the lists of one kind."""
+    params = load_params()
+    if kind == "data":
+        hashes = {name: sha256([DATA / name / "eval.jsonl"]) for name in params.datasets}
+        write_json(PICKED / "data.json", hashes)
+    elif kind == "checkpoints":
+        write_json(PICKED / "checkpoints.json", records(params, list(params.stages)))
+        write_json(PICKED / "merged.json", records(params, sorted(params.merge.weights)))
+    else:
+        raise MistakeError(f"python -m stages.pick takes data or checkpoints, and not {kind!r}")
+
+
+def records(params: Params, names: list[str]) -> dict[str, dict[str, Any]]:
+    """stage.json and the size in bytes of the base, and of these stages with their ancestors, each after its parent."""
+    lineage = dict.fromkeys(ancestor for name in names for ancestor in params.lineage(name))
+    return {name: _record(name) for name in ["base", *lineage]}
+
+
+def _record(name: str) -> dict[str, Any]:
+    folder = CHECKPOINTS / name
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return read_json(folder / "stage.json") | {"bytes": size}
 
 
 if __name__ == "__main__":
-    run(main, *sys.argv[1:])
+    run(main, *(sys.argv[1:2] or [""]))

@@ -3,7 +3,8 @@
 from argparse import ArgumentParser
 
 from stages.errors import MistakeError
-from stages.project.params import PARAMS, load_params
+from stages.project.check import load_checked
+from stages.project.params import PARAMS
 
 TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
 
@@ -14,10 +15,7 @@ def add_arguments(_: ArgumentParser) -> None:
 
 def main() -> None:
     """Tell the first mistake, or that there is none."""
-    from stages.merging.kernels import find_kernel
-
-    params = load_params()
-    find_kernel(params.merge)
+    params = load_checked()
     for section in TRACKED:
         if section not in params.model_fields_set:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis.changes.deltas import COLUMNS
-from analysis.changes.tables import summarise
-from analysis.changes.tensors import cosines, inner_products, norm, rounding
+import stages.models.houlsby  # noqa: F401  makes its models known to transformers
+from analysis.changes.measured import COLUMNS
+from analysis.changes.tables import cosines, summarise
+from analysis.changes.tensors import inner_products, norm, rounding
 from analysis.telling.figures import cosine_maps, heat_maps
 from analysis.telling.page import render
 from analysis.telling.text import percent

@@ -21,9 +21,9 @@ from stages.files import CHECKPOINTS, DATA, read_json, sha256, write_json
 from stages.merging.kernels import find_kernel, parameters_of
 from stages.merging.merged import Merged
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
+from stages.models.scoring import mean_loss, score
 from stages.project.params import Params, load_params
 from stages.records.lines import load_split
-from stages.score import mean_loss, score
 from stages.settings.merge import Merge
 from stages.training.resume import resume_folder
 from stages.weights.checkpoint import open_stages

@@ -13,53 +13,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analysis.changes.heads import measure_heads
+from analysis.changes.measured import COLUMNS, CONFLICT, INTERFERENCE, MERGED, PAIRS, SPECTRUM, Matrix, Measured
 from analysis.changes.spectra import effective_rank, singular_values
 from analysis.changes.subspaces import Directions, Familiar, interference, overlap, strongest
-from analysis.changes.tensors import Matrix, chunks, distance, inner_products, norm, rounding
+from analysis.changes.tensors import chunks, distance, inner_products, norm, rounding
 from stages.merging.merged import Merged
 from stages.models.architecture import OUTSIDE
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
-
-MERGED = "merged"
-COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
-SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions", "intruders"]
-CONFLICT = ["entries", "disagreeing", "size", "summed", "summed_by_chance"]
-INTERFERENCE = ["interference", "interference_by_chance"]
-PAIRS = ["layer", "module", "first", "second", "reads", "reads_by_chance", "writes", "writes_by_chance"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Everything the report needs to know about weights.
-
-    Attributes:
-        names: the stages in the order of params.yaml, then `merged`.
-        rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, entries, the
-            Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
-            whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
-            `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most; for
-            matrices of layers, the merge's too, how many `intruders` the changed weights have.
-        conflicts: one row per tensor that several merged stages change: layer, stages (their names), what
-            `sign_conflict` returns, and of matrices what `interference` does.
-        pairs: one row per matrix and two stages that change it: layer, module, their names, and how far the subspaces
-            that they read and write overlap, beside chance.
-        grams: by layer, inner products of all pairs of `names`, float64 [names, names].
-        modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
-        layers: how many layers the model has.
-        untouched: how many tensors no merged stage changes.
-        untouched_max: max|merged − base| over them, the base rounded to the merged file's dtype.
-    """
-
-    names: list[str]
-    rows: pd.DataFrame
-    conflicts: pd.DataFrame
-    pairs: pd.DataFrame
-    grams: dict[int, Matrix]
-    modules: list[str]
-    layers: int
-    untouched: int
-    untouched_max: float
 
 
 def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | Merged) -> Measured:
@@ -88,6 +50,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
         conflicts=pd.DataFrame(tally.conflicts, columns=["layer", "stages", *CONFLICT, *INTERFERENCE]),
         pairs=pd.DataFrame(tally.pairs, columns=PAIRS),
+        heads=measure_heads(stages, exact, file),
         grams=tally.grams,
         modules=base.architecture.kinds,
         layers=base.architecture.layers,

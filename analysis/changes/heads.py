@@ -7,14 +7,18 @@ and K, so that QK is the circuit of a token and itself.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pandas as pd
 import torch
 
-from analysis.changes.deltas import MERGED
+from analysis.changes.measured import MERGED
 from stages.merging.merged import Merged
 from stages.models.architecture import Architecture
-from stages.models.loading import Weights
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+
+if TYPE_CHECKING:
+    from stages.models.loading import Weights
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 COLUMNS = ["stage", "layer", "head", "qk", "ov"]

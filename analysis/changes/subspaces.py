@@ -12,13 +12,12 @@ from functools import cached_property
 
 import torch
 
+from analysis.changes.measured import STRONGEST, TESTED
 from stages.weights.adapter import Factors
 
-STRONGEST = 16  # directions of a delta that are compared
 SPARE = 16  # more of them, and so many repetitions, make the randomised decomposition exact for those
 REPEATED = 4
-LOOKED_AT = 10  # of the changed weights' directions, the number in arXiv 2410.21228
-NEW = 0.5  # largest cosine with an old direction below which one is an intruder, also there
+THRESHOLD = 0.5  # a direction is new if its cosine with every old one is below (arXiv 2410.21228)
 NEIGHBOURS = 32  # old directions that a first test looks at
 MARGIN = 0.1  # what that test may be wrong by
 AGAIN = 4  # steps towards the exact directions where it does not decide
@@ -100,27 +99,27 @@ class Familiar:
         self._weight = weight
 
     def intruders(self, changed: Tensor, added: Tensor) -> int:
-        """How many of the LOOKED_AT strongest directions of `changed` resemble none of the old (arXiv 2410.21228).
+        """How many of the TESTED strongest directions of `changed` resemble none of the old (arXiv 2410.21228).
 
-        An intruder's cosine with every left singular vector of the old weights is below NEW. The NEIGHBOURS strongest
-        of the old decide most. Where they cannot, the directions are found more exactly and `largest_share` tells; a
-        full decomposition would take ten times as long.
+        An intruder's cosine with every left singular vector of the old weights is below THRESHOLD. The NEIGHBOURS
+        strongest of the old decide most. Where they cannot, the directions are found more exactly and `largest_share`
+        tells; a full decomposition would take ten times as long.
 
         Args:
             changed: [out, in].
             added: directions that the change writes [out, n]; `changed` is looked at among the old ones and these.
         """
         near = leading(changed, torch.cat([self._neighbours, added], 1), steps=0)
-        cosines = (self._neighbours.T @ near[:, :LOOKED_AT]).abs()  # [neighbours, looked at]
-        known = cosines.amax(0) >= NEW + MARGIN
+        cosines = (self._neighbours.T @ near[:, :TESTED]).abs()  # [neighbours, looked at]
+        known = cosines.amax(0) >= THRESHOLD + MARGIN
         # What lies outside the neighbours is at most that near to any other direction.
         outside = (1 - cosines.square().sum(0)).clamp(min=0).sqrt()
-        new = (cosines.amax(0) < NEW - MARGIN) & (outside < NEW - MARGIN)
+        new = (cosines.amax(0) < THRESHOLD - MARGIN) & (outside < THRESHOLD - MARGIN)
         if bool((known | new).all()):
             return int(new.sum())
-        exact = leading(changed, near, steps=AGAIN)[:, :LOOKED_AT]
-        undecided = (self._neighbours.T @ exact).abs().amax(0) < NEW + MARGIN
-        return int((largest_share(self._weight, exact[:, undecided]) < NEW**2).sum())
+        exact = leading(changed, near, steps=AGAIN)[:, :TESTED]
+        undecided = (self._neighbours.T @ exact).abs().amax(0) < THRESHOLD + MARGIN
+        return int((largest_share(self._weight, exact[:, undecided]) < THRESHOLD**2).sum())
 
     @cached_property
     def _neighbours(self) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.changes.deltas import MERGED, SPECTRUM, Measured
-from analysis.changes.tensors import Matrix
+from analysis.changes.measured import MERGED, SPECTRUM, Matrix, Measured
 
 
 def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -109,3 +108,10 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
     text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
     checks.append((MERGED, text, measured.untouched_max))
     return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
+
+
+def cosines(gram: Matrix) -> Matrix:
+    """⟨Δᵢ,Δⱼ⟩/‖Δᵢ‖‖Δⱼ‖ [n, n]; not a number where a delta is zero."""
+    norms = np.sqrt(np.diag(gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return gram / np.outer(norms, norms)

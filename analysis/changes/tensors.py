@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
+from analysis.changes.measured import Matrix
+
 CHUNK = 1 << 18  # entries that are looked at together: few enough to stay in the processor's cache
-Matrix = np.ndarray
 
 
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:
@@ -36,13 +36,6 @@ def rounding(weight: torch.Tensor, changed: torch.Tensor, file: torch.Tensor) ->
         error += float((kept.float() - exact).square().sum())
         unchanged += int(torch.count_nonzero(kept == before.to(kept.dtype)))
     return {"error": error**0.5, "unchanged": unchanged}
-
-
-def cosines(gram: Matrix) -> Matrix:
-    """⟨Δᵢ,Δⱼ⟩/‖Δᵢ‖‖Δⱼ‖ [n, n]; not a number where a delta is zero."""
-    norms = np.sqrt(np.diag(gram))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return gram / np.outer(norms, norms)
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:

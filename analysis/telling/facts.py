@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.changes.deltas import Measured, measure
-from analysis.changes.heads import measure_heads
+from analysis.changes.measured import MERGED, Measured
 from analysis.changes.tables import frozen_check, summarise, survival
 from analysis.telling.skills import Cell, Change, changes
-from stages.files import CHECKPOINTS, REPORTS, read_json
-from stages.merging.merged import Merged, open_merged
+from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
-from stages.settings.stage import Imported, Stage
-from stages.weights.checkpoint import open_stages
 
 
 @dataclass(frozen=True)
@@ -27,25 +23,25 @@ class Facts:
 
     Attributes:
         settings: params.yaml.
-        measured: weights, from `analysis.deltas.measure`.
-        heads: of attention, from `analysis.heads.measure_heads`.
-        records: stage.json of the base and of every stage.
+        measured: weights, from `analysis.measure`.
+        records: stage.json of the base and of every stage, and the checkpoint's size in bytes.
         matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
         retention: of the same file, by stage.
         questions: number of evaluation records by dataset.
         curves: loss curve of every stage.
-        probe: of reports/probe.json: what the running models do.
+        spent: steps, tokens and the like, of reports/train, by stage.
+        probe: what the running models do, from `gather_probe`.
         declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
     """
 
     settings: Params
     measured: Measured
-    heads: pd.DataFrame
     records: dict[str, dict[str, Any]]
     matrix: dict[str, dict[str, Cell]]
     retention: dict[str, dict[str, Any]]
     questions: dict[str, int]
     curves: dict[str, list[dict[str, Any]]]
+    spent: dict[str, dict[str, Any]]
     probe: dict[str, Any]
     declared: dict[str, list[int]]
 
@@ -81,31 +77,33 @@ class Facts:
         return frozen_check(self.measured, self.declared)
 
 
-def gather(settings: Params) -> Facts:
-    """Read what the other stages left, and measure the weights."""
-    base, stages = open_stages(list(settings.stages))
-    listed = [stage for stage in stages if stage.name in settings.merge.weights]
-    exact, file = Merged(base, listed, settings.merge), open_merged(base, listed, settings.merge)
+def gather(params: Params) -> Facts:
+    """Read what the other stages left."""
     evaluation = read_json(REPORTS / "evaluation.json")
-    records = {name: read_json(CHECKPOINTS / name / "stage.json") for name in ["base", *settings.stages]}
+    records = read_json(PICKED / "checkpoints.json")
+    architecture = Architecture.of(BASE)
     return Facts(
-        settings=settings,
-        measured=measure(stages, exact, file),
-        heads=measure_heads(stages, exact, file),
+        settings=params,
+        measured=Measured.read(REPORTS / "measured"),
         records=records,
         matrix=evaluation["matrix"],
         retention=evaluation["retention"],
-        questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in settings.datasets},
-        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in settings.stages},
-        probe=read_json(REPORTS / "probe.json"),
-        declared={
-            name: [*records[name]["layers"], *_outside(base.architecture, stage)]
-            for name, stage in settings.stages.items()
-        },
+        questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in params.datasets},
+        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
+        spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
+        probe=gather_probe(params),
+        declared={name: [*records[name]["layers"], *_outside(architecture, params, name)] for name in params.stages},
     )
 
 
-def _outside(architecture: Architecture, stage: Stage) -> list[int]:
+def gather_probe(params: Params) -> dict[str, Any]:
+    """The base's probe, and below `checkpoints` those of the stages, in order, and of the merged model."""
+    found = {name: read_json(REPORTS / "probe" / f"{name}.json") for name in [*params.stages, MERGED]}
+    return read_json(REPORTS / "probe" / "base.json") | {"checkpoints": found}
+
+
+def _outside(architecture: Architecture, params: Params, name: str) -> list[int]:
     """OUTSIDE, where a stage names modules that lie in no layer, or was trained elsewhere and may have them."""
+    stage = params.stages[name]
     named = {architecture.place(path)[0] for path in architecture.select(stage.layers)}
-    return [OUTSIDE] if OUTSIDE in named or isinstance(stage, Imported) else []
+    return [OUTSIDE] if OUTSIDE in named or stage.method == "import" else []

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.changes.tensors import cosines
+from analysis.changes.tables import cosines
 from analysis.telling.skills import Change, score
 from analysis.telling.svg import FAINT, GREY, INK, STYLE, WIDTH, Tips, bare, draw_cell, layer_grid, to_svg
 from analysis.telling.text import percent

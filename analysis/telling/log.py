@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.changes.tensors import cosines
+from analysis.changes.tables import cosines
 from analysis.telling.facts import Facts
 from analysis.telling.words import ranges
-from stages.files import CHECKPOINTS, REPORTS, read_json
 
 TENSOR = ["layer", "module", "parameter"]  # the columns that name one
 
@@ -21,7 +20,7 @@ def actions(facts: Facts) -> list[dict[str, Any]]:
 
 def _action(facts: Facts, name: str) -> dict[str, Any]:
     stage, record = facts.settings.stages[name], facts.records[name]
-    spent = read_json(REPORTS / "train" / f"{name}.json")[name]
+    spent = facts.spent[name]
     measure, skill = facts.retention[name]["measure"], facts.settings.skills[name]
     rows = facts.measured.rows[facts.measured.rows["stage"] == name]
     return {
@@ -48,7 +47,7 @@ def _action(facts: Facts, name: str) -> dict[str, Any]:
         "cost": {
             "steps": spent.get("steps"),
             "tokens": spent.get("tokens"),
-            "checkpoint_bytes": sum(file.stat().st_size for file in (CHECKPOINTS / name).glob("*.safetensors")),
+            "checkpoint_bytes": record["bytes"],
         },
         "gained": {
             "skill": skill,

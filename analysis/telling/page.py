@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.changes.deltas import CONFLICT, INTERFERENCE
-from analysis.changes.subspaces import LOOKED_AT, STRONGEST
+from analysis.changes.measured import CONFLICT, INTERFERENCE, STRONGEST, TESTED
 from analysis.changes.tables import summarise
 from analysis.telling.facts import Facts
 from analysis.telling.log import actions
@@ -86,7 +85,7 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
     for name in facts.measured.names:
         own = facts.measured.rows[facts.measured.rows["stage"] == name]
         looked_at = own["intruders"].dropna()
-        row = {"stage": name, "intruders": int(looked_at.sum()), "looked_at": LOOKED_AT * len(looked_at)}
+        row = {"stage": name, "intruders": int(looked_at.sum()), "looked_at": TESTED * len(looked_at)}
         if len(matrices := own.dropna(subset=["effective_rank"])):
             strongest = matrices.loc[matrices["spectral_norm"].idxmax()]
             row |= {

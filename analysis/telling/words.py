@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.changes.tensors import cosines
+from analysis.changes.tables import cosines
 from analysis.telling.facts import Facts
 from analysis.telling.skills import Change, score
 from analysis.telling.text import percent

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stages.errors import MistakeError
-from stages.models.layers import exactly
+from stages.models.architecture import exactly
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import NAMES
 
@@ -149,12 +149,15 @@ class AdapterOutput:
         """
         self._replaced[path] = parameters
 
-    def save(self, folder: Path, base_name: str, fan_in_fan_out: bool, metadata: dict[str, str]) -> dict[str, float]:
+    def save(
+        self, folder: Path, base_name: str, revision: str | None, fan_in_fan_out: bool, metadata: dict[str, str]
+    ) -> dict[str, float]:
         """Write adapter_model.safetensors and adapter_config.json, the same bytes for the same content.
 
         Args:
             folder: an existing folder.
             base_name: of the model to adapt, a hub id or a path as the user shall see it.
+            revision: the commit of a hub model.
             fan_in_fan_out: whether the model's weight matrices are Conv1D, as GPT-2's are.
             metadata: of the safetensors file; `save_file` would write its keys in another order each time.
 
@@ -171,7 +174,7 @@ class AdapterOutput:
         with single_file(folder / "adapter_model.safetensors", specifications, metadata) as file:
             for name, tensor in tensors.items():
                 file.put(name, tensor)
-        self._config(base_name, fan_in_fan_out).save_pretrained(str(folder))
+        self._config(base_name, revision, fan_in_fan_out).save_pretrained(str(folder))
         return {path: fit.error for path, fit in sorted(self._fits.items())}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -184,7 +187,7 @@ class AdapterOutput:
                 tensors[f"{path}.lora_magnitude_vector"] = fit.magnitude
         return tensors
 
-    def _config(self, base_name: str, fan_in_fan_out: bool) -> Any:
+    def _config(self, base_name: str, revision: str | None, fan_in_fan_out: bool) -> Any:
         from peft import LoraConfig
         from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -194,6 +197,7 @@ class AdapterOutput:
         return LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base_name,
+            revision=revision,
             inference_mode=True,
             r=rank,
             lora_alpha=rank,  # a scaling of 1, here and in alpha_pattern

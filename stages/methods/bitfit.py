@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
-from stages.models.layers import exactly
+from stages.models.architecture import exactly
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.errors import MistakeError
-from stages.models.layers import exactly, linear_modules, mlp_width, select
-from stages.settings.base import Base
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules, mlp_width, select
 from stages.settings.ranges import Range, numbers, parse
 from stages.settings.stage import Stage, Training
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+    from stages.settings.base import Base
 
 
 class Bottleneck(Training):

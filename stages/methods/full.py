@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stages.models.layers import exactly
+from stages.models.architecture import exactly
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

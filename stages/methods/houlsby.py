@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
-from stages.models.layers import exactly
-from stages.settings.base import Base
+from stages.models.architecture import exactly
 from stages.settings.stage import Stage, Training
 
 if TYPE_CHECKING:
     from peft import LNTuningConfig
     from transformers import PreTrainedModel
+
+    from stages.settings.base import Base
 
 
 class HoulsbyStage(Training):

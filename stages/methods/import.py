@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError, first_line
 from stages.files import sha256
-from stages.settings.base import Base
 from stages.settings.stage import Imported, Stage
+
+if TYPE_CHECKING:
+    from stages.settings.base import Base
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

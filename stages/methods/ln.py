@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stages.models.layers import exactly, norm_modules
+from stages.models.architecture import exactly
+from stages.models.layers import norm_modules
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

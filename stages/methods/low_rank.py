@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stages.models.layers import exactly, linear_modules, plain_matrices
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules, plain_matrices
 from stages.settings.stage import Share, Training
 
 if TYPE_CHECKING:

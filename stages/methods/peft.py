@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.errors import MistakeError, first_line
-from stages.models.layers import exactly, linear_modules, plain_matrices, select
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules, plain_matrices, select
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

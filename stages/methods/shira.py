@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.models.layers import exactly, plain_matrices
+from stages.models.architecture import exactly
+from stages.models.layers import plain_matrices
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.models.layers import exactly, linear_modules
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:

@@ -160,8 +160,6 @@ def describe_folder(folder: Path) -> Architecture:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import stages.models.houlsby  # noqa: F401  makes its models known to transformers
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return describe(model)
@@ -191,6 +189,19 @@ def place(path: str, stack: str) -> tuple[int, str]:
     """
     found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
     return (int(found[1]), found[2]) if found else (OUTSIDE, path)
+
+
+def exactly(modules: list[str]) -> str:
+    """Regular expression that matches exactly these module names.
+
+    PEFT's `layers_to_transform` fails for many adapter types; a regex in `target_modules` works for all.
+
+    Raises:
+        MistakeError: there are none.
+    """
+    if not modules:
+        raise MistakeError("params.yaml: a stage's method finds nothing to train in its layers; choose another method")
+    return "|".join(re.escape(name) for name in modules)
 
 
 def is_norm(module: nn.Module) -> bool:

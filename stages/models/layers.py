@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
@@ -36,19 +35,6 @@ def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
 def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Those of `modules` that are normalisations."""
     return [path for path in modules if is_norm(model.get_submodule(path))]
-
-
-def exactly(modules: list[str]) -> str:
-    """Regular expression that matches exactly these module names.
-
-    PEFT's `layers_to_transform` fails for many adapter types; a regex in `target_modules` works for all.
-
-    Raises:
-        MistakeError: there are none.
-    """
-    if not modules:
-        raise MistakeError("params.yaml: a stage's method finds nothing to train in its layers; choose another method")
-    return "|".join(re.escape(name) for name in modules)
 
 
 def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> list[str]:

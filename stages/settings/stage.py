@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from stages.errors import MistakeError
-from stages.settings.base import Base
 from stages.settings.ranges import Layers, check_layers
 from stages.settings.section import Settings
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
+
+    from stages.settings.base import Base
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stages.errors import MistakeError
-from stages.files import BASE, CHECKPOINTS, read_json
+from stages.files import BASE, CHECKPOINTS, MERGED, read_json
 from stages.models.architecture import Architecture
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile
@@ -160,3 +160,50 @@ def open_stages(names: list[str]) -> tuple[Checkpoint, list[VirtualCheckpoint]]:
     stages = [open_checkpoint(name, opened) for name in names]
     assert isinstance(base, Checkpoint)
     return base, [stage for stage in stages if isinstance(stage, VirtualCheckpoint)]
+
+
+def open_base() -> Checkpoint:
+    """The base."""
+    return Checkpoint(BASE, "base")
+
+
+def open_model(name: str) -> Checkpoint | VirtualCheckpoint | Shifted:
+    """The base, a stage, or `merged`: what the merge wrote, the model before the adapter before the delta.
+
+    Raises:
+        MistakeError: it is not there.
+    """
+    if name != "merged":
+        return open_checkpoint(name, {})
+    if (MERGED / "model.safetensors").exists():
+        return Checkpoint(MERGED, name)
+    if (MERGED / "adapter").exists():
+        return VirtualCheckpoint(name, open_base(), MERGED / "adapter")
+    return Shifted(name, open_base(), MERGED / "delta.safetensors")
+
+
+class Shifted:
+    """The base plus a delta in a file of its own.
+
+    Args:
+        name: of the whole.
+        base: what the delta is added to.
+        file: the delta, float32, of the tensors that it changes.
+
+    Raises:
+        MistakeError: the file is not there.
+    """
+
+    def __init__(self, name: str, base: Checkpoint, file: Path) -> None:
+        self.name, self.base, self._delta = name, base, TensorFile(file)
+        self._changed = {tensor.rpartition(".")[0] for tensor in self._delta}
+
+    def module(self, path: str) -> Tensors:
+        """Parameters of module `path`, in float32."""
+        added = {name: self._delta.read(name) for name in self._delta if name.rpartition(".")[0] == path}
+        weights = self.base.module(path)
+        return {name: weight + added.get(f"{path}.{name}", 0) for name, weight in weights.items()}
+
+    def changed(self) -> list[str]:
+        """Modules that differ from the base's."""
+        return sorted(self._changed)

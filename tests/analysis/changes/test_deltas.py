@@ -5,8 +5,8 @@ from safetensors.torch import load_file, save_file
 
 from analysis.changes import tensors
 from analysis.changes.deltas import measure, sign_conflict
-from analysis.changes.tables import frozen_check, summarise, survival
-from analysis.changes.tensors import cosines, inner_products
+from analysis.changes.tables import cosines, frozen_check, summarise, survival
+from analysis.changes.tensors import inner_products
 from stages.files import MERGED
 from stages.merging.merged import Merged
 from stages.models.architecture import OUTSIDE, place

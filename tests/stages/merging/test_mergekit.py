@@ -18,7 +18,7 @@ from stages.merge import write
 from stages.merging import kernels
 from stages.merging.merged import Merged
 from stages.merging.trim import trim
-from stages.models.layers import exactly
+from stages.models.architecture import exactly
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_outside, make_stage

@@ -1,0 +1,84 @@
+"""What a running model can do: its loss on records, and its answers."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.models.losses import pad, token_losses
+from stages.records.record import Record, answer
+from stages.records.tokens import encode, encode_question
+from stages.settings.evaluate import Evaluate
+
+Cell = dict[str, float]  # loss in nats per supervised token; where there are answers to compare with, accuracy
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: Evaluate
+) -> Cell:
+    """Loss on all records, and accuracy on those that hold a reference answer."""
+    cell = {"loss": round(mean_loss(model, tokenizer, records, bounds.batch_size), 4)}
+    asked = [record for record in records if answer(record) is not None]
+    if asked:
+        answers = generate(model, tokenizer, asked, bounds)
+        right = sum(is_right(record, text) for record, text in zip(asked, answers, strict=True))
+        cell["accuracy"] = round(right / len(asked), 4)
+    return cell
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> float:
+    """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
+    examples = [encode(record, tokenizer, model.config.max_position_embeddings) for record in records]
+    examples.sort(key=lambda example: len(example.ids))
+    total = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
+        losses, weights = token_losses(model, batch)
+        total += float((losses * weights).sum())
+    return total / sum(example.learned for example in examples)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: Evaluate
+) -> list[str]:
+    """Greedy answers, each as long as the longest reference allows and at most `max_new_tokens`.
+
+    The base's own generation config has no say: a penalty for repetition in it would change every answer.
+    """
+    questions = [encode_question(record, tokenizer) for record in records]
+    longest = max(len(tokenizer(answer(record))["input_ids"]) for record in records) + 1
+    greedy = GenerationConfig(
+        max_new_tokens=min(longest, bounds.max_new_tokens),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.generation_config = GenerationConfig()  # what `greedy` leaves open would be taken from it
+    by_length = sorted(range(len(records)), key=lambda i: len(questions[i]))
+    answers = [""] * len(records)
+    for start in range(0, len(records), bounds.batch_size):
+        rows = by_length[start : start + bounds.batch_size]
+        batch = tokenizer.pad({"input_ids": [questions[i] for i in rows]}, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
+        output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
+        new = output[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def is_right(record: Record, text: str) -> bool:
+    """Whether an answer gets full marks from the task's own scorer, or is the reference where there is none."""
+    if "task" not in record:
+        return text == str(answer(record)).strip()
+    from reasoning_gym import get_score_answer_fn
+
+    try:
+        return bool(get_score_answer_fn(record["task"])(text, record["entry"]) >= 1.0)
+    except Exception:  # some scorers raise on a malformed answer, which is then simply wrong
+        return False
