@@ -10,6 +10,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from analysis import measure, report
+from analysis.telling.facts import Facts, gather
+from stages import pick
 from stages.files import write_json
 from stages.merge import write
 from stages.merging.merged import Merged
@@ -108,15 +111,24 @@ class Project:
             "lens": [0.1] * 4,
             "early": {"layers": 1, "left": 0.1, "share": 0.5},
         }
-        rows = [
-            {"stage": stage, "layers": [1, 2], "dataset": skill, "loss": 1.0, "without": 1.5}
-            for stage in STAGES
-            for skill in STAGES
-        ]
-        content = {"layers": 4, "floor": {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}}
-        content["base"] = {"attention": looks, "written": written}
-        content |= {"checkpoints": dict.fromkeys([*STAGES, "merged"], found), "ablation": rows}
-        write_json(Path("reports/probe.json"), content)
+        for name in [*self.stages, "merged"]:
+            rows = [
+                {"stage": name, "layers": [1, 2], "dataset": skill, "loss": 1.0, "without": 1.5} for skill in STAGES
+            ]
+            write_json(Path("reports/probe") / f"{name}.json", found | {"ablation": rows if name in STAGES else []})
+        base = {"attention": looks, "written": written}
+        floor = {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}
+        write_json(Path("reports/probe/base.json"), {"layers": 4, "floor": floor, "base": base})
+
+    def facts(self) -> Facts:
+        """What the report tells, measured now."""
+        pick.main("checkpoints")
+        measure.main()
+        return gather(load_params())
+
+    def report(self) -> None:
+        """Measure and write the report."""
+        report.write(self.facts())
 
     def evaluation(self, merged: float = 0.8, names_on_sums: float = 0.8) -> None:
         """Every stage reaches 0.8 on its own skill; the two arguments are accuracies on `sums`."""

@@ -7,9 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import report
 from analysis.telling import words
-from analysis.telling.facts import gather
 from analysis.telling.figures import (
     ablation_map,
     behaviour_lines,
@@ -25,7 +23,6 @@ from analysis.telling.figures import (
 from analysis.telling.page import contents, render
 from analysis.telling.skills import is_worse
 from stages.errors import MistakeError
-from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
 from tools import view
 
@@ -41,24 +38,24 @@ OUTPUTS = [
 ]
 
 
-def headline():
-    return " ".join(sentence.text for sentence in words.headline(gather(load_params())))
+def headline(project):
+    return " ".join(sentence.text for sentence in words.headline(project.facts()))
 
 
 def test_a_second_run_writes_the_same_bytes(project):
     project.params(dtype="bfloat16")
     project.merge()
     project.evaluation()
-    report.main()
+    project.report()
     first = [(Path("reports") / name).read_bytes() for name in OUTPUTS]
-    report.main()
+    project.report()
     assert [(Path("reports") / name).read_bytes() for name in OUTPUTS] == first
 
 
 def test_numbers_for_dvc_are_flat_and_finite(project):
     project.merge()
     project.evaluation(merged=0.45)
-    report.main()
+    project.report()
     metrics = json.loads(Path("reports/metrics.json").read_text())
     assert metrics["frozen_check"] == 0
     assert metrics["sums"]["survival"] == pytest.approx(1, rel=1e-4)
@@ -74,37 +71,37 @@ def test_numbers_for_dvc_are_flat_and_finite(project):
 def test_headline_says_when_the_merge_lost_a_skill(project):
     project.merge()
     project.evaluation(merged=0.3)
-    assert "The merge lost part of what the stages had learned: most of sums from 80 % to 30 %" in headline()
+    assert "The merge lost part of what the stages had learned: most of sums from 80 % to 30 %" in headline(project)
 
 
 def test_headline_says_when_the_merge_lost_nothing(project):
     project.merge()
     project.evaluation(merged=0.78)
-    text = headline()
+    text = headline(project)
     assert "The merge lost no skill" in text
     assert "No later stage lowered" in text
-    assert words.guesses(gather(load_params())) == []
+    assert words.guesses(project.facts()) == []
 
 
 def test_headline_says_when_a_later_stage_harmed_an_earlier_skill(project):
     project.merge()
     project.evaluation(names_on_sums=0.5)
-    assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline()
-    assert "names (layers 1)" in words.guesses(gather(load_params()))[0]
+    assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline(project)
+    assert "names (layers 1)" in words.guesses(project.facts())[0]
 
 
 def test_headline_says_when_a_frozen_layer_changed(project):
     project.train("prose", secretly=[2, 3])
     project.merge()
     project.evaluation()
-    assert "Something changed that was declared untouched: see the check of prose" in headline()
+    assert "Something changed that was declared untouched: see the check of prose" in headline(project)
 
 
 def test_a_stage_left_out_of_the_merge_is_reported(project):
     project.params(weights=(1.0, 1.0, 0.0))
     project.merge()
     project.evaluation()
-    report.main()
+    project.report()
     assert "(not merged)" in Path("reports/report.html").read_text()
     assert "survival" not in json.loads(Path("reports/metrics.json").read_text())["prose"]
 
@@ -117,8 +114,8 @@ def test_a_skill_without_answers_is_told_by_its_loss(project):
         evaluation["matrix"][model]["sums"] = {"loss": loss}
     evaluation["retention"]["sums"] |= {"measure": "loss", "gain": -2.0, "retention": 0.5}
     Path("reports/evaluation.json").write_text(json.dumps(evaluation))
-    report.main()
-    assert "sums from a loss of 1.00 to 2.00" in headline()
+    project.report()
+    assert "sums from a loss of 1.00 to 2.00" in headline(project)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +139,13 @@ def test_an_embedding_may_change_where_the_stage_names_it(project, declared):
         Path("params.yaml").write_text(text.replace("layers: '3'", "layers: {embeddings: all, mlp: 3}"))
     project.merge()
     project.evaluation()
-    assert ("Something changed that was declared untouched" in headline()) != declared
+    assert ("Something changed that was declared untouched" in headline(project)) != declared
 
 
 def test_the_log_of_actions_tells_who_did_what(project):
     project.merge()
     project.evaluation(merged=0.3, names_on_sums=0.5)
-    report.main()
+    project.report()
     log = {entry["stage"]: entry for entry in json.loads(Path("reports/lineage.json").read_text())}
     assert list(log) == ["sums", "names", "prose"]
     sums = log["sums"]
@@ -165,7 +162,7 @@ def test_the_log_of_actions_tells_who_did_what(project):
 def test_the_short_report_and_the_table_of_all_numbers(project):
     project.merge()
     project.evaluation()
-    report.main()
+    project.report()
     text = Path("reports/report.md").read_text()
     assert len(text.splitlines()) <= 60
     assert "| sums | lora, layers 0-1, on base | sums (accuracy) | 10 % | 80 % | 80 % |" in text
@@ -184,7 +181,7 @@ def test_view_prints_the_headline(project, capsys, monkeypatch):
         view.main()
     project.merge()
     project.evaluation()
-    report.main()
+    project.report()
     view.main()
     text = capsys.readouterr().out
     assert text.startswith("- On the skill that it was trained on") and "open reports/report.html" in text
@@ -244,9 +241,9 @@ def noise(size):
 def told(project):
     project.merge()
     project.evaluation()
-    sentences = words.headline(gather(load_params()))
+    sentences = words.headline(project.facts())
     assert len(sentences) <= 5
-    page = render("report.html", contents(gather(load_params()), Anything()))
+    page = render("report.html", contents(project.facts(), Anything()))
     assert all(f'<h2 id="s{sentence.section}">' in page for sentence in sentences)
     return " ".join(sentence.text for sentence in sentences)
 
@@ -312,7 +309,7 @@ def test_a_late_stage_whose_inputs_were_shifted_is_told(project):
     evaluation = json.loads(Path("reports/evaluation.json").read_text())
     evaluation["matrix"]["merged"]["prose"]["accuracy"] = 0.3
     Path("reports/evaluation.json").write_text(json.dumps(evaluation))
-    assert "changed the layers before it, which it reads: prose (after sums, names)." in headline()
+    assert "changed the layers before it, which it reads: prose (after sums, names)." in headline(project)
 
 
 def test_a_stage_that_the_file_holds_little_of_is_told(project):

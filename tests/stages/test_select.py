@@ -10,7 +10,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from stages import base, data, evaluate, merge, score, select, train
+from stages import base, data, evaluate, merge, pick, score, select, train
 from stages.errors import MistakeError
 from stages.files import BASE, read_json
 from stages.records.lines import load_split
@@ -96,7 +96,9 @@ def test_noise_is_left_out_and_the_stage_is_scored_on_the_whole_skill(noisy, cap
 
     train.main("words")
     merge.main()
-    score.main()
+    pick.main("data")
+    for name in ("base", "sums", "words", "merged"):
+        score.main(name)
     evaluate.main()
     report = read_json(Path("reports/evaluation.json"))
     assert set(report["matrix"]["words"]) == {"sums", "words"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis.changes.heads import _change, measure_heads
 from stages.files import BASE
@@ -17,8 +17,8 @@ def circuits(model, layer, head, config):
     """QK and OV of one head, [width, width]."""
     prefix = f"model.layers.{layer}.self_attn"
     q, k, v, o = (model.module(f"{prefix}.{part}_proj")["weight"].double().numpy() for part in "qkvo")
-    size = len(q) // config.heads
-    group = head // (config.heads // config.num_key_value_heads)
+    size = len(q) // config.num_attention_heads
+    group = head // (config.num_attention_heads // config.num_key_value_heads)
     own, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
     return q[own].T @ k[shared], o[:, own] @ v[shared]
 
@@ -39,10 +39,10 @@ def made(model, **stages):
 
 def test_every_head_has_the_change_of_its_dense_circuits():
     base, (one, _), exact, found = made("llama-tied", one=("lora", "1-2"), two=("full", "2"))
-    config = base.architecture
+    config = AutoConfig.from_pretrained(BASE)
     assert set(found["layer"]) == {1, 2} and set(found["stage"]) == {"one", "two", "merged"}
     for name, model in {"one": one, "merged": exact}.items():
-        for head in range(config.heads):
+        for head in range(config.num_attention_heads):
             row = found[(found["stage"] == name) & (found["layer"] == 2) & (found["head"] == head)].iloc[0]
             (qk, ov), (new_qk, new_ov) = (circuits(each, 2, head, config) for each in (base, model))
             assert row["qk"] == pytest.approx(relative(qk, new_qk), rel=1e-6)
@@ -51,7 +51,7 @@ def test_every_head_has_the_change_of_its_dense_circuits():
 
 def test_where_queries_are_normalised_their_scale_does_not_count():
     base, (one,), _, found = made("qwen3", one=("lora", "1"))
-    qk, new = (circuits(each, 1, 0, base.architecture)[0] for each in (base, one))
+    qk, new = (circuits(each, 1, 0, AutoConfig.from_pretrained(BASE))[0] for each in (base, one))
     best = (qk * new).sum() / (new * new).sum()
     row = found[(found["stage"] == "one") & (found["head"] == 0)].iloc[0]
     assert row["qk"] == pytest.approx(relative(qk, best * new), rel=1e-5)

@@ -21,9 +21,10 @@ from analysis.running.watching import (
     watch,
     written,
 )
+from stages import pick
 from stages.files import BASE
 from stages.project.params import load_params
-from stages.score import mean_loss
+from stages.models.scoring import mean_loss
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_stage, make_tokenizer
 
@@ -152,16 +153,21 @@ def test_the_whole_probe_of_a_project(project):
             path = Path("data") / name / f"{part}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text('{"prompt": "a b c", "completion": " d e"}\n' * 3)
-    probe.main()
-    first = Path("reports/probe.json").read_bytes()
-    probe.main()
-    assert Path("reports/probe.json").read_bytes() == first
-    found = json.loads(first)
-    assert list(found["checkpoints"]) == ["sums", "names", "prose", "merged"]
-    assert found["checkpoints"]["merged"]["trained"] == [0, 1, 2, 3]
-    assert found["checkpoints"]["names"]["trained"] == [0, 1, 2]  # its parent's layers too
-    assert 0 < found["checkpoints"]["merged"]["early"]["share"] < 1
-    assert found["checkpoints"]["prose"]["off"]["drift"]["mean"][:3] == [0, 0, 0]
+    pick.main("data")
+    names = ["base", "sums", "names", "prose", "merged"]
+
+    def probe_all():
+        for name in names:
+            probe.main(name)
+        return [Path(f"reports/probe/{name}.json").read_bytes() for name in names]
+
+    first = probe_all()
+    assert probe_all() == first
+    found = dict(zip(names, map(json.loads, first), strict=True))
+    assert found["merged"]["trained"] == [0, 1, 2, 3]
+    assert found["names"]["trained"] == [0, 1, 2]  # its parent's layers too
+    assert 0 < found["merged"]["early"]["share"] < 1
+    assert found["prose"]["off"]["drift"]["mean"][:3] == [0, 0, 0]
 
     _, stages = open_stages(["names"])
     records = [{"prompt": "a b c", "completion": " d e"}] * 3
@@ -171,5 +177,5 @@ def test_the_whole_probe_of_a_project(project):
         for name, weight in source.module(path).items():
             getattr(model.get_submodule(path), name).data.copy_(weight)
     truth = mean_loss(model, probe.load_tokenizer(), records, load_params().evaluate.batch_size)
-    row = next(r for r in found["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums")
+    row = next(r for r in found["names"]["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums")
     assert row["without"] == pytest.approx(truth, rel=1e-4) and row["without"] != row["loss"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages import score
+from stages.models import scoring
 from stages.files import BASE
 from stages.models.loading import load_model, load_tokenizer
 from stages.records.tokens import encode
@@ -28,15 +28,15 @@ def test_loss_is_per_token_whatever_the_batch():
         loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
         total, count = total + float(loss) * sum(example.weights), count + sum(example.weights)
     for batch_size in (1, 3, 8):
-        found = score.mean_loss(model, tokenizer, RECORDS, batch_size)
+        found = scoring.mean_loss(model, tokenizer, RECORDS, batch_size)
         assert found == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_padded_batch_answers_as_each_question_alone():
     model, tokenizer = make_model()
-    together = score.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
+    together = scoring.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
     alone = [
-        score.generate(model, tokenizer, [record], Evaluate(batch_size=1, max_new_tokens=8))[0] for record in RECORDS
+        scoring.generate(model, tokenizer, [record], Evaluate(batch_size=1, max_new_tokens=8))[0] for record in RECORDS
     ]
     shortest = [min(len(a), len(b)) for a, b in zip(together, alone, strict=True)]
     assert [t[:n] for t, n in zip(together, shortest, strict=True)] == [
@@ -56,4 +56,4 @@ def test_a_padded_batch_answers_as_each_question_alone():
     ],
 )
 def test_what_counts_as_right(record, text, right):
-    assert score.is_right(record, text) == right
+    assert scoring.is_right(record, text) == right

@@ -1,0 +1,84 @@
+"""DVC as a user runs it, but for one thing: a stage's command runs in a fork of this process, which has imported torch
+and transformers already. The code of the stage is imported anew, from the folder that it runs in.
+"""
+
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import dvc.stage.run
+import pytest
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageCmdFailedError
+
+from tests.conftest import ROOT
+
+OWN = ("stages", "analysis", "tools", "mergekit")  # mergekit keeps a register of methods, ours among them
+
+
+def copy_repository(folder: Path) -> None:
+    """Everything of the repository that a run needs, committed."""
+    for name in ("stages", "analysis", "tools", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "tmp", "cache")
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *who, *words], check=True, cwd=folder)
+
+
+class Pipeline:
+    """The pipeline in the current folder.
+
+    Attributes:
+        ran: stages whose command ran in the last `repro`; what came from the run cache is not among them.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: set[str] = set()
+        monkeypatch.setattr(dvc.stage.run, "_run", self._run)
+
+    def repro(self, *targets: str) -> set[str]:
+        """`dvc repro`."""
+        self.ran.clear()
+        with Repo(".") as repo:
+            repo.reproduce(targets=list(targets))
+        return set(self.ran)
+
+    def _run(self, executable: str, cmd: str, *, cwd: str, env: dict[str, str], **_: object) -> None:
+        self.ran.add(env["DVC_STAGE"])
+        child = os.fork()
+        if not child:
+            os._exit(_run_here(shlex.split(cmd), cwd, env))
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise StageCmdFailedError(cmd, os.waitstatus_to_exitcode(status))
+
+
+def _run_here(words: list[str], cwd: str, env: dict[str, str]) -> int:
+    """`python -m MODULE …` in this process, with the modules of `cwd`; returns its exit code."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+        del sys.modules[name]
+    sys.path.insert(0, cwd)
+    sys.argv = words[2:]
+    try:
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            print(end.code, file=sys.stderr, flush=True)
+        return 1 if end.code else 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

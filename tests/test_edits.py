@@ -1,0 +1,203 @@
+"""What an edit runs again: every row is one edit of a whole tiny project, and the stages that DVC ran for it.
+
+Too much fails as well as too little. Then the edit is taken back, which must give everything back from the cache.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PARAMS
+from tests.forked import Pipeline, copy_repository
+
+pytestmark = pytest.mark.slow
+
+PROJECT = """\
+  both:
+    source: mix
+    parts:
+      sums:
+        source: file
+        path: sums.jsonl
+        train: 20
+        eval: 5
+        weight: 1.0
+      words:
+        source: file
+        path: words.jsonl
+        eval: 5
+        weight: 1.0
+stages:
+"""
+STAGES = """\
+  third:
+    parent: words
+    dataset: words
+    method: lora
+    layers: 0-1
+    rank: 2
+    lr: 1.0e-3
+    steps: 3
+    protect:
+      - sums
+  side:
+    parent: base
+    dataset: both
+    method: dora
+    layers: 1-2
+    rank: 2
+    lr: 1.0e-3
+    steps: 3
+merge:
+"""
+
+CHAIN = ["sums", "words", "third"]
+ALL = [*CHAIN, "side"]
+DATA = {"data@sums", "data@words", "data@both"}
+MERGE = {"merge", "score_merged", "probe_merged", "measure", "evaluate", "report"}
+
+
+def each(*verbs, names=ALL):
+    return {f"{verb}@{name}" for verb in verbs for name in names}
+
+
+def trained(*names):
+    """Stages that changed, and all that follows."""
+    return each("train", "score", "probe", names=names) | {"pick_checkpoints"} | MERGE
+
+
+SCORES = each("score") | {"score_base", "score_merged"}
+PROBES = each("probe") | {"probe_base", "probe_merged"}
+EVERYTHING = {"base", "pick_data", "pick_checkpoints"} | DATA | each("train") | SCORES | PROBES | MERGE
+
+
+def comment(path):
+    return lambda: Path(path).write_text(Path(path).read_text() + "# a comment\n")
+
+
+def new(path, text='"""A new file."""\n'):
+    return lambda: Path(path).write_text(text)
+
+
+def replace(path, before, after):
+    def edit():
+        text = Path(path).read_text()
+        assert before in text, before
+        Path(path).write_text(text.replace(before, after, 1))
+
+    return edit
+
+
+def param(before, after):
+    return replace("params.yaml", before, after)
+
+
+def pin(package):
+    def edit():
+        path = Path("pyproject.toml")
+        text, count = re.subn(rf'("{re.escape(package)}(\[\w+\])?==)', r"\g<1>9", path.read_text())
+        assert count == 1
+        path.write_text(text)
+
+    return edit
+
+
+EDITS = {
+    # code
+    "a comment in the writer of files": (comment("stages/weights/single_file.py"), {"merge"}),
+    "a comment in the loop": (comment("stages/training/loop.py"), each("train")),
+    "a comment in a method": (comment("stages/methods/dora.py"), each("train", names=["side"])),
+    "a new method": (new("stages/methods/new.py"), set()),
+    "a new merge": (new("stages/merging/methods/new.py"), {"merge", "measure"}),
+    "a new source": (new("stages/records/sources/new.py"), DATA),
+    "a comment in the reader of params.yaml": (comment("stages/project/params.py"), set()),
+    "a comment in the resumed state": (comment("stages/training/resume.py"), set()),
+    "a comment in the scores": (comment("stages/models/scoring.py"), SCORES | PROBES),
+    "a comment in the probe": (comment("analysis/running/watching.py"), PROBES),
+    "a comment in what is measured": (comment("analysis/changes/spectra.py"), {"measure"}),
+    "a word of the report": (comment("analysis/telling/words.py"), {"report"}),
+    "a template": (replace("analysis/telling/templates/report.html", "What it learned", "Learned"), {"report"}),
+    "a tool": (comment("tools/view.py"), set()),
+    # pins
+    "matplotlib": (pin("matplotlib"), {"report"}),
+    "tqdm": (pin("tqdm"), set()),
+    "dvc": (pin("dvc"), set()),
+    "reasoning-gym": (pin("reasoning-gym"), DATA | SCORES),
+    "datasets": (pin("datasets"), DATA),
+    "pandas": (pin("pandas"), DATA | {"measure", "report"}),
+    "mergekit": (pin("mergekit"), {"merge", "measure"}),
+    "transformers": (pin("transformers"), {"base"} | each("train") | SCORES | PROBES),
+    # settings
+    "a threshold": (param("  rounding: 0.25", "  rounding: 0.5"), {"report"}),
+    "the launcher": (param("launch: python", "launch: python -u"), set()),
+    "the size of a cache": (param("seed: 0", "seed: 0\nprefix_cache: 1.0"), set()),
+    "the search": (param("seed: 0", "seed: 0\nsearch:\n  trials: 3"), set()),
+    "a rate at the end of a chain": (
+        param("    lr: 1.0e-3\n    steps: 3\n    protect", "    lr: 2.0e-3\n    steps: 3\n    protect"),
+        trained("third"),
+    ),
+    "a rate at its start": (param("lr: 1.0e-2\n    steps: 25", "lr: 2.0e-2\n    steps: 25"), trained(*CHAIN)),
+    "what a stage remembers": (param("remember: 0.9", "remember: 0.5"), trained(*CHAIN)),
+    "the weight of a part": (param("weight: 1.0", "weight: 3.0"), {"data@both", "pick_data"} | trained("side")),
+    "the merge": (param("method: task_arithmetic", "method: ties"), MERGE),
+    "a stage left out of the merge": (param("    side: 0.5\n", ""), {"pick_checkpoints"} | MERGE),
+    "the length of answers": (param("max_new_tokens: 4", "max_new_tokens: 5"), SCORES | PROBES),
+    "the threads": (param("threads: 1", "threads: 2"), EVERYTHING - DATA - {"base", "pick_data"}),
+    # defaults that shape a result
+    "a default of the merge": (
+        replace("stages/settings/merge.py", '["touching", "all"] = "touching"', '["touching", "all"] = "all"'),
+        {"merge", "measure", "score_merged", "probe_merged"},
+    ),
+    "a default of the training": (
+        replace(
+            "stages/settings/stage.py",
+            "weight_decay: float = Field(default=0.0",
+            "weight_decay: float = Field(default=0.1",
+        ),
+        EVERYTHING - DATA - {"base", "pick_data", "score_base", "probe_base"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("edits")
+
+
+@pytest.fixture
+def pipeline(project, monkeypatch):
+    """The whole project, run once."""
+    text = PARAMS.replace("stages:\n", PROJECT, 1).replace("merge:\n", STAGES)
+    text = text.replace("    rank: 4\n", "    rank: 4\n    remember: 0.9\n", 1)
+    Path("params.yaml").write_text(text.replace("    words: 1.0\n", "    words: 1.0\n    third: 1.0\n    side: 0.5\n"))
+    copy_repository(project)
+    made = Pipeline(monkeypatch)
+    assert made.repro() == EVERYTHING
+    return made
+
+
+def test_every_edit_runs_what_depends_on_it_and_nothing_else(pipeline):
+    wrong = []
+    for name, (edit, expected) in EDITS.items():
+        edit()
+        ran = pipeline.repro()
+        if ran != expected:
+            wrong.append(f"{name}: too much {sorted(ran - expected)}, too little {sorted(expected - ran)}")
+        subprocess.run(["git", "checkout", "-q", "."], check=True)
+        subprocess.run(["git", "clean", "-qfd", "stages", "analysis"], check=True)
+        if more := pipeline.repro() - {"report"}:  # which git and not DVC keeps
+            wrong.append(f"{name}: taking it back ran {sorted(more)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_runs_twice_and_the_status_is_clean(pipeline):
+    assert pipeline.repro() == set()
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True, check=True).stdout
+    assert "up to date" in status
+    for text, expected in (("", {"pick_checkpoints"} | MERGE), ("    side: 0.5\n", {"report"}), ("", {"report"})):
+        content = re.sub(r"    side: 0\.5\n", "", Path("params.yaml").read_text())
+        Path("params.yaml").write_text(content.replace("    third: 1.0\n", f"    third: 1.0\n{text}"))
+        assert pipeline.repro() == expected
