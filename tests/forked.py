@@ -30,8 +30,14 @@ def copy_repository(folder: Path) -> None:
             shutil.copytree(source, folder / name, ignore=ignored)
         else:
             shutil.copy(source, folder / name)
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", "init", "-q"], check=True, cwd=folder)
+    commit(folder)
+
+
+def commit(folder: Path) -> None:
+    """Commit all that git tracks or could."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run(["git", *who, *words], check=True, cwd=folder)
 
 
@@ -52,6 +58,13 @@ class Pipeline:
         with Repo(".") as repo:
             repo.reproduce(targets=list(targets))
         return set(self.ran)
+
+    def go_back(self) -> None:
+        """`git reset --hard`, `git clean` and `dvc checkout`: the last commit's files and results."""
+        for words in (["reset", "-q", "--hard"], ["clean", "-qfd"]):
+            subprocess.run(["git", *words], check=True)
+        with Repo(".") as repo:
+            repo.checkout(force=True)
 
     def _run(self, executable: str, cmd: str, *, cwd: str, env: dict[str, str], **_: object) -> None:
         self.ran.add(env["DVC_STAGE"])
