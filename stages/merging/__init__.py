@@ -1,1 +1,1 @@
-"""Merge methods: mergekit's kernels, and in time ours registered beside them."""
+"""How stages become one model: mergekit's methods with ours beside them, run tensor by tensor."""

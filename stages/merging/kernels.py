@@ -1,4 +1,4 @@
-"""One tensor's merge through mergekit's public kernels, with what mergekit leaves to chance made sure."""
+"""One tensor's merge through mergekit's public kernels, with the random seed fixed for each tensor."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,18 +11,14 @@ from pydantic import ValidationError
 
 import stages.merging.methods  # noqa: F401  registers them beside mergekit's
 from stages.errors import MistakeError, first_line
+from stages.merging.method import Traits, traits_of
 from stages.merging.parameters import resolve
-from stages.merging.trim import TRIMMED, trim
+from stages.merging.trim import trim
 from stages.settings.merge import Merge
 from stages.settings.section import nearest
 
 Values = dict[str, Any]  # a parameter's value, or for a parameter per stage its values by stage
 
-SHARES = {"density": (0, 1), "gamma": (0, 1), "epsilon": (0, 1), "select_topk": (0, 1), "common_fraction": (0, 1)}
-
-# It weighs entries by the KL divergence of softmaxes that hardly differ. In float32 that is below the rounding of the
-# softmaxes: 5e-9 comes out as -8e-8, and what is kept is left to chance.
-FLOAT64 = {"arcee_fusion"}
 PART = 1 << 21  # entries of a delta that a kernel sees at once, where each entry is merged on its own
 
 
@@ -41,6 +37,11 @@ class Kernel:
     merge: Merge
     shared: dict[str, Any]
     by_stage: dict[str, dict[str, Any]]
+
+    @property
+    def traits(self) -> Traits:
+        """What is known of the method."""
+        return traits_of(self.method.spec.name)
 
     def participants(self, touching: list[str]) -> list[str]:
         """Stages that are merged in a tensor which only `touching` change, sorted.
@@ -97,7 +98,7 @@ class Kernel:
             MistakeError: the method refuses the values.
         """
         stages = self.participants(list(models))
-        if self.method.spec.name in TRIMMED and not values["rescale"]:
+        if self.traits.trims and not values["rescale"]:
             deltas, values = trim({stage: model - base for stage, model in models.items()}, values)
             return base + self._in_parts(name, deltas, values, stages)
         return self._run(name, base, models, values, stages)
@@ -118,7 +119,7 @@ class Kernel:
         digest = hashlib.sha256(f"{self.merge.seed}/{name}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
         ids, base_id = self._inputs(stages)
-        dtype = torch.float64 if self.method.spec.name in FLOAT64 else torch.float32
+        dtype = torch.float64 if self.traits.float64 else torch.float32
         try:
             with torch.no_grad():
                 return merge_tensors(
@@ -234,9 +235,9 @@ def _setting(where: str, key: str, setting: Any, method: MergeMethod) -> Any:
         except ValidationError as error:
             wish = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise MistakeError(f"params.yaml: {where} is {value!r}; it should be {wish}") from None
-        low, high = SHARES.get(key, (float("-inf"), float("inf")))
+        low, high = traits_of(method.spec.name).ranges.get(key, (float("-inf"), float("inf")))
         if isinstance(number, float) and not low <= number <= high:
-            raise MistakeError(f"params.yaml: {where} is {value!r}; it should be between {low} and {high}")
+            raise MistakeError(f"params.yaml: {where} is {value!r}; it should be between {low:g} and {high:g}")
     return setting
 
 

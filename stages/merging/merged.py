@@ -17,11 +17,6 @@ from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.tensor_file import DTYPES, NAMES, Specification
 
-# They commute with rotations, so that low-rank deltas can be merged in their small core with the same result.
-ROTATION_FREE = {"tsv_m", "iso_c", "iso_cts", "svc"}
-
-SUMS = {"task_arithmetic", "linear"}  # linear where its weights sum to 1
-
 # Fitting a DoRA alternates between row scales and a low-rank part, and may put a row of unusual size into the latter
 # for good (1 of 168 matrices of the default pipeline did): directions to spare leave room for the others.
 SPARE = 2
@@ -107,7 +102,8 @@ class Merged:
     def is_low_rank(self, path: str) -> bool:
         """Whether `factors` has an answer for this module."""
         stages = [stage for stage in self.stages if path in stage.adapter.modules]
-        return all(stage.adapter.is_low_rank(path) for stage in stages) and (self.merge.method in SUMS or self._in_core)
+        keeps_rank = self._kernel.traits.is_sum or self._in_core
+        return keeps_rank and all(stage.adapter.is_low_rank(path) for stage in stages)
 
     def rank(self, path: str) -> int | None:
         """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
@@ -127,13 +123,13 @@ class Merged:
 
     @property
     def _in_core(self) -> bool:
-        return self.merge.space == "core" or self.merge.method in ROTATION_FREE
+        return self.merge.space == "core" or self._kernel.traits.rotation_free
 
     def _parameter(
         self, path: str, parameter: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]
     ) -> torch.Tensor:
         name = f"{path}.{parameter}"
-        if self.merge.method in SUMS and (merged := self._sum(name, weight, stages)) is not None:
+        if self._kernel.traits.is_sum and (merged := self._sum(name, weight, stages)) is not None:
             return self._finite(name, merged)
         if parameter == "weight" and self._in_core and (factors := self.factors(path)):
             return self._finite(name, torch.addmm(weight, *factors))
@@ -179,7 +175,7 @@ class Merged:
 
         So is task arithmetic (arXiv 2212.04089), and linear (arXiv 2203.05482) where its weights sum to 1.
         """
-        if self.merge.method not in SUMS:
+        if not self._kernel.traits.is_sum:
             return None
         total = sum(values["weight"].values())
         if self.merge.method == "linear" and (total == 0 if values["normalize"] else total != 1):

@@ -21,10 +21,9 @@ def evaluate(name: str, setting: Any, depth: float, validate: Callable[[Any], An
     """
     if not isinstance(setting, list):
         return validate(setting)
-    if setting and isinstance(setting[0], dict):
-        matching = (part for part in setting if part.get("filter") in (None, "*") or part["filter"] in name)
-        found = (evaluate(name, part["value"], depth, validate) for part in matching)
-        return next((value for value in found if value is not None), None)
+    if isinstance(setting[0], dict):
+        matching = (part["value"] for part in setting if part.get("filter") in (None, "*") or part["filter"] in name)
+        return next((evaluate(name, value, depth, validate) for value in matching), None)
     values = [validate(value) for value in setting]
     place = depth * (len(values) - 1)
     low = int(place)

@@ -1,38 +1,9 @@
 """What the methods that work on singular values share."""
 
 import torch
-from mergekit.merge_methods import (
-    BasePolicy,
-    InputContract,
-    MergeMethod,
-    PerInputValues,
-    TensorGroup,
-    register,
-    registered_methods,
-)
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
-CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
-
-
-def register_once(method: MergeMethod) -> MergeMethod:
-    """Register a method with mergekit, which refuses a name it has: a module loaded again keeps the first."""
-    if method.spec.name not in {known.spec.name for known in registered_methods()}:
-        register(method)
-    return method
-
-
-def weighted_deltas(group: TensorGroup, weight: PerInputValues[float]) -> list[Tensor]:
-    """Each stage's weight times what it changed: model − base, float32, of the base's shape."""
-    base = group.base.tensor.float()
-    return [weight[entry.id] * (entry.tensor.float() - base) for entry in group.non_base]
-
-
-def onto_base(group: TensorGroup, delta: Tensor) -> Tensor:
-    """The base plus the merged delta, any shape of as many elements, in the base's shape and dtype."""
-    base = group.base.tensor
-    return (base.float() + delta.reshape(base.shape)).to(base.dtype)
 
 
 def average(deltas: list[Tensor]) -> Tensor:

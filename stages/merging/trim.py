@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-TRIMMED = {"ties", "breadcrumbs", "breadcrumbs_ties"}
-
 
 def trim(deltas: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Keep the entries of each delta that the method's density and gamma say, and zero the others.

@@ -3,26 +3,17 @@
 from typing import Annotated
 
 import torch
-from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method
+from mergekit.merge_methods import PerNonBase, TensorGroup
 from pydantic import Field
 from torch import Tensor
 
-from stages.merging.spectral import (
-    CONTRACT,
-    average,
-    noise_floor,
-    onto_base,
-    polar_factor,
-    register_once,
-    thin_svd,
-    weighted_deltas,
-)
+from stages.merging.method import merge_method, onto_base, weighted_deltas
+from stages.merging.spectral import average, noise_floor, polar_factor, thin_svd
 
 PAPER = "https://arxiv.org/abs/2502.04959"
 
 
-@register_once
-@merge_method(name="iso_c", pretty_name="Iso-C", reference_url=PAPER, contract=CONTRACT)
+@merge_method(PAPER, rotation_free=True)
 def iso_c(group: TensorGroup, weight: PerNonBase[float], scale: float = 1.0) -> Tensor:
     """Isotropic merging in common subspace (arXiv 2502.04959, Iso-C): base + scale · σ̄·U·Vᵀ.
 
@@ -48,8 +39,7 @@ def iso_c(group: TensorGroup, weight: PerNonBase[float], scale: float = 1.0) -> 
     return onto_base(group, scale * s.mean() * u @ vh)
 
 
-@register_once
-@merge_method(name="iso_cts", pretty_name="Iso-CTS", reference_url=PAPER, contract=CONTRACT)
+@merge_method(PAPER, rotation_free=True)
 def iso_cts(
     group: TensorGroup,
     weight: PerNonBase[float],

@@ -3,17 +3,15 @@
 from typing import Annotated
 
 import torch
-from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method, merge_tensors
+from mergekit.merge_methods import PerNonBase, TensorGroup, merge_tensors
 from pydantic import Field
 from torch import Tensor
 
-from stages.merging.spectral import CONTRACT, as_matrix, onto_base, register_once, thin_svd, weighted_deltas
+from stages.merging.method import merge_method, onto_base, weighted_deltas
+from stages.merging.spectral import as_matrix, thin_svd
 
 
-@register_once
-@merge_method(
-    name="knots", pretty_name="KnOTS-TIES", reference_url="https://arxiv.org/abs/2410.19735", contract=CONTRACT
-)
+@merge_method("https://arxiv.org/abs/2410.19735")
 def knots(
     group: TensorGroup,
     weight: PerNonBase[float],

@@ -3,28 +3,15 @@
 from typing import Annotated
 
 import torch
-from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method
+from mergekit.merge_methods import PerNonBase, TensorGroup
 from pydantic import Field
 from torch import Tensor
 
-from stages.merging.spectral import (
-    CONTRACT,
-    as_matrix,
-    noise_floor,
-    onto_base,
-    register_once,
-    thin_svd,
-    weighted_deltas,
-)
+from stages.merging.method import merge_method, onto_base, weighted_deltas
+from stages.merging.spectral import as_matrix, noise_floor, thin_svd
 
 
-@register_once
-@merge_method(
-    name="svc",
-    pretty_name="Singular Value Calibration",
-    reference_url="https://arxiv.org/abs/2602.05536",
-    contract=CONTRACT,
-)
+@merge_method("https://arxiv.org/abs/2602.05536", rotation_free=True)
 def svc(group: TensorGroup, weight: PerNonBase[float], alpha: Annotated[float, Field(gt=0)] = 1.0) -> Tensor:
     """Singular Value Calibration of task arithmetic (arXiv 2602.05536): base + Σᵣ γʳ·σʳ·uʳ·vʳᵀ.
 

@@ -1,16 +1,14 @@
 """TSV-M: the top singular vectors of every stage, made orthogonal to each other."""
 
 import torch
-from mergekit.merge_methods import PerNonBase, TensorGroup, merge_method
+from mergekit.merge_methods import PerNonBase, TensorGroup
 from torch import Tensor
 
-from stages.merging.spectral import CONTRACT, average, onto_base, polar_factor, register_once, thin_svd, weighted_deltas
+from stages.merging.method import merge_method, onto_base, weighted_deltas
+from stages.merging.spectral import average, polar_factor, thin_svd
 
 
-@register_once
-@merge_method(
-    name="tsv_m", pretty_name="TSV-Merge", reference_url="https://arxiv.org/abs/2412.00081", contract=CONTRACT
-)
+@merge_method("https://arxiv.org/abs/2412.00081", rotation_free=True)
 def tsv_m(group: TensorGroup, weight: PerNonBase[float], scale: float = 1.0) -> Tensor:
     """Task Singular Vectors (arXiv 2412.00081, algorithm 1): base + scale · Û·S·V̂ᵀ.
 

@@ -150,7 +150,7 @@ def write(folder, base, target, rank=9):
         elif changed:
             output.add_replacement(path, {name: target[f"{path}.{name}"] for name in names})
     folder.mkdir()
-    return output.save(folder, "some/base", base.config.model_type == "gpt2", METADATA)
+    return output.save(folder, "some/base", "abc123", base.config.model_type == "gpt2", METADATA)
 
 
 def load(folder):
@@ -239,7 +239,7 @@ def test_factors_of_lora_stages_are_one_adapter_of_either_kind(architecture, as_
         output.add_linear(path, fit)
 
     Path("adapter").mkdir()
-    errors = output.save(Path("adapter"), "some/base", architecture == "gpt2", METADATA)
+    errors = output.save(Path("adapter"), "some/base", None, architecture == "gpt2", METADATA)
 
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     assert config["use_dora"] == (as_ == "dora") and config["modules_to_save"] is None
@@ -255,7 +255,7 @@ def test_a_mixture_of_lora_and_dora_is_refused(workspace):
     output.add_linear("b", fit_lora(torch.randn(16, 2), torch.randn(2, 32)))
 
     with pytest.raises(ValueError, match="as_dora"):
-        output.save(workspace, "some/base", False, METADATA)
+        output.save(workspace, "some/base", None, False, METADATA)
 
 
 def test_the_same_merge_gives_the_same_bytes_and_names_no_folder(workspace):

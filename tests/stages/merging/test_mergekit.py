@@ -17,6 +17,7 @@ from stages.files import BASE
 from stages.merge import write
 from stages.merging import kernels
 from stages.merging.merged import Merged
+from stages.merging.method import MERGEKITS, OURS
 from stages.merging.trim import trim
 from stages.models.architecture import exactly
 from stages.settings.merge import Merge
@@ -47,7 +48,6 @@ METHODS = {
     "ramplus_tl": (3, {"r": 0.2, "alpha": 0.3}, 0),
     "passthrough": (1, {"scale": [{"filter": "mlp", "value": 0.5}, {"value": 0.9}]}, 0),
 }
-OURS = {"tsv_m", "iso_c", "iso_cts", "knots", "svc"}
 WEIGHTS = {"first": 0.7, "second": [0.2, 0.5], "third": [{"filter": "self_attn", "value": 0.3}, {"value": 0.6}]}
 
 
@@ -148,6 +148,12 @@ def test_the_list_is_all_of_mergekit():
         "ramplus_tl": {"r", "alpha", "epsilon"},
         "passthrough": {"scale"},
     }
+
+
+def test_what_is_known_of_mergekits_methods_is_about_methods_and_parameters_that_it_has():
+    known = {m.spec.name: {p.name for p in m.spec.parameters} for m in registered_methods()}
+    for name, traits in MERGEKITS.items():
+        assert traits.ranges.keys() <= known[name], name
 
 
 @pytest.mark.parametrize("method", METHODS)

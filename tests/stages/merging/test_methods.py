@@ -1,19 +1,19 @@
 """Each method against its paper's formula in float64 and other algebra: eigenvectors instead of the SVD."""
 
-import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
-from mergekit.merge_methods import get, merge_tensors
+from mergekit.merge_methods import merge_tensors
 from torch import Tensor
 
-import stages.merging.methods
+import stages.merging.methods  # noqa: F401  registers them
 from stages.merging.core_space import merge_in_core
-from stages.merging.methods import iso
+from stages.merging.method import OURS
 
-METHODS = ["tsv_m", "iso_c", "iso_cts", "knots", "svc"]
-MATRIX_ONLY = ["tsv_m", "iso_c", "iso_cts"]
-EQUIVARIANT = ["tsv_m", "iso_c", "iso_cts", "svc"]
+MATRIX_ONLY = ["tsv_m", "iso_c", "iso_cts"]  # they average what is no matrix
+SPECTRAL = [*MATRIX_ONLY, "svc"]
 
 
 def merge(method: str, deltas: list[Tensor], weight: list[float] | float = 1.0, **parameters: object) -> Tensor:
@@ -102,28 +102,50 @@ def truth_svc(deltas: list[Tensor], alpha: float = 1.0) -> Tensor:
     return (directions * gamma) @ directions.T @ total
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a method is compared with.
+
+    Attributes:
+        truth: its formula, in other algebra: from the weighted deltas, three float64 matrices of full rank, to the
+            merged one. It takes the method's own parameters.
+        parameters: settings of them that it is tried with.
+        refused: settings out of range.
+    """
+
+    truth: Callable[..., Tensor]
+    parameters: list[dict[str, float]] = field(default_factory=lambda: [{}])
+    refused: list[dict[str, float]] = field(default_factory=list)
+
+
+ROWS = {
+    "tsv_m": Row(truth_tsv_m),
+    "iso_c": Row(truth_iso_c),
+    "iso_cts": Row(truth_iso_cts, refused=[{"common_fraction": 2}]),
+    "knots": Row(truth_knots, [{}, {"density": 0.25}], [{"density": 0.0}, {"density": 1.5}]),
+    "svc": Row(truth_svc, [{}, {"alpha": 0.3}], [{"alpha": 0.0}]),
+}
+ROTATION_FREE = [method for method in ROWS if OURS[method].rotation_free]
+
+
+def test_every_method_has_its_row():
+    missing = sorted(OURS.keys() - ROWS.keys())
+    assert not missing, f"add to ROWS in {__file__}, with the formula in float64: {missing[0]!r}: Row(truth)"
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 @pytest.mark.parametrize("weight", [1.0, [0.5, -1.0, 2.0]])
 @pytest.mark.parametrize(
-    ("method", "truth", "parameters"),
-    [
-        ("tsv_m", truth_tsv_m, {}),
-        ("iso_c", truth_iso_c, {}),
-        ("iso_cts", truth_iso_cts, {}),
-        ("knots", truth_knots, {}),
-        ("knots", truth_knots, {"density": 0.25}),
-        ("svc", truth_svc, {}),
-        ("svc", truth_svc, {"alpha": 0.3}),
-    ],
+    ("method", "parameters"), [(method, parameters) for method, row in ROWS.items() for parameters in row.parameters]
 )
-def test_full_rank_deltas_follow_the_paper(method, truth, parameters, weight, shape):
+def test_full_rank_deltas_follow_the_paper(method, parameters, weight, shape):
     deltas = full(*shape)
     weights = weight if isinstance(weight, list) else [weight] * 3
-    expected = truth([w * delta.double() for w, delta in zip(weights, deltas, strict=True)], **parameters)
-    assert near(merge(method, deltas, weight, **parameters), expected, 1e-4)
+    weighted = [w * delta.double() for w, delta in zip(weights, deltas, strict=True)]
+    assert near(merge(method, deltas, weight, **parameters), ROWS[method].truth(weighted, **parameters), 1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROWS)
 def test_the_base_is_added_and_its_dtype_kept(method):
     base, *deltas = full(12, 20, count=4)
     merged = merge_tensors([base, *(base + d for d in deltas)], method, base_index=0, parameters={"weight": 0.5})
@@ -145,7 +167,7 @@ def test_one_stage_alone_is_its_weighted_delta(method, delta):
     assert near(merge(method, [delta], 0.7), 0.7 * delta)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROWS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (1, 9), (9, 1), (5, 4, 3), (2, 3, 2, 2)])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_shape_is_finite_and_zero_deltas_change_nothing(method, shape, count):
@@ -158,7 +180,7 @@ def test_every_shape_is_finite_and_zero_deltas_change_nothing(method, shape, cou
     assert merged.norm() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROWS)
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_tiny_and_huge_deltas_merge_alike(method, scale):
     deltas = [left @ right for left, right in lora(20, 30, [4, 4]).values()]
@@ -168,7 +190,7 @@ def test_tiny_and_huge_deltas_merge_alike(method, scale):
 LORA = [left @ right for left, right in lora(20, 30, [4, 4]).values()]
 
 
-@pytest.mark.parametrize("method", EQUIVARIANT)
+@pytest.mark.parametrize("method", SPECTRAL)
 @pytest.mark.parametrize(("left", "right"), [LORA, full(20, 30, count=2)], ids=["lora", "full"])
 def test_a_stage_without_a_delta_does_not_change_a_matrix(method, left, right):
     parameters = {"common_fraction": 1.0} if method == "iso_cts" else {}
@@ -176,13 +198,13 @@ def test_a_stage_without_a_delta_does_not_change_a_matrix(method, left, right):
     assert near(with_zero, merge(method, [left, right], **parameters), 1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SPECTRAL, "knots"])
 def test_low_rank_deltas_stay_in_the_space_that_they_span(method):
     factors = lora(40, 60, [3, 5])
     merged = merge(method, [left @ right for left, right in factors.values()]).double()
     lefts = torch.cat([left for left, _ in factors.values()], 1).double()
     assert near(lefts @ torch.linalg.pinv(lefts) @ merged, merged)
-    if method in EQUIVARIANT:
+    if method in SPECTRAL:
         assert torch.linalg.svdvals(merged)[8:].max() < 1e-4
         rights = torch.cat([right for _, right in factors.values()]).double()
         assert near(merged @ torch.linalg.pinv(rights) @ rights, merged)
@@ -195,15 +217,25 @@ def test_what_is_no_matrix_is_averaged(method, shape):
     assert near(merge(method, [one, two], [1.0, 0.5]), (one + 0.5 * two) / 2, 1e-6)
 
 
-@pytest.mark.parametrize("method", EQUIVARIANT)
-@pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 7, 1], [6]])
-def test_rotating_the_inputs_rotates_the_result(method, ranks):
+def rotates(method: str, ranks: list[int]) -> bool:
+    """Whether rotating the deltas rotates the result."""
     deltas = [left @ right for left, right in lora(30, 50, ranks).values()]
     left, right = orthogonal(30, 0), orthogonal(50, 1)
-    assert near(merge(method, [left @ delta @ right for delta in deltas]), left @ merge(method, deltas) @ right)
+    return near(merge(method, [left @ delta @ right for delta in deltas]), left @ merge(method, deltas) @ right)
 
 
-@pytest.mark.parametrize("method", EQUIVARIANT)
+@pytest.mark.parametrize("method", ROWS)
+def test_a_method_says_that_it_is_rotation_free_exactly_if_it_is(method):
+    assert rotates(method, [4, 4, 4]) == OURS[method].rotation_free
+
+
+@pytest.mark.parametrize("method", ROTATION_FREE)
+@pytest.mark.parametrize("ranks", [[2, 7, 1], [6]])
+def test_rotating_the_inputs_rotates_the_result(method, ranks):
+    assert rotates(method, ranks)
+
+
+@pytest.mark.parametrize("method", ROTATION_FREE)
 @pytest.mark.parametrize("shape", [(300, 200), (14, 60)])
 @pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 9, 1], [6], [8, 8]])
 def test_core_space_gives_the_dense_result(method, shape, ranks):
@@ -304,29 +336,16 @@ def test_knots_of_vectors_is_ties():
 
 
 @pytest.mark.parametrize(
-    ("method", "wrong"),
-    [
-        ("knots", {"density": 0.0}),
-        ("knots", {"density": 1.5}),
-        ("svc", {"alpha": 0.0}),
-        ("iso_cts", {"common_fraction": 2}),
-    ],
+    ("method", "wrong"), [(method, wrong) for method, row in ROWS.items() for wrong in row.refused]
 )
 def test_parameters_out_of_range_are_refused(method, wrong):
     with pytest.raises(ValueError, match="should be"):
         merge(method, full(4, 4), **wrong)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROWS)
 def test_a_base_alone_and_a_missing_weight_are_refused(method):
     with pytest.raises(ValueError, match="non-base"):
         merge_tensors([torch.zeros(3, 3)], method, base_index=0)
     with pytest.raises(TypeError, match="weight"):
         merge_tensors([torch.zeros(3, 3)] * 2, method, base_index=0)
-
-
-def test_loading_the_modules_again_keeps_the_registered_methods():
-    before = [get(method) for method in METHODS]
-    importlib.reload(iso)
-    importlib.reload(stages.merging.methods)
-    assert [get(method) for method in METHODS] == before
