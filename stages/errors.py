@@ -16,6 +16,8 @@ def first_line(error: BaseException) -> str:
 
 def run(main: Callable[..., None], *args: str, **named: Any) -> None:
     """Call `main`; on a MistakeError print its sentence to stderr and exit with code 1."""
+    if sys.platform == "win32":
+        sys.exit("error: Strata runs on Linux and macOS; on Windows, run it in WSL")
     try:
         main(*args, **named)
     except MistakeError as mistake:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -144,7 +145,7 @@ def in_processes(writer: Writer, paths: list[str], processes: int) -> Iterator[P
         bar = stack.enter_context(tqdm(total=total, desc="merge", unit="B", unit_scale=True, dynamic_ncols=True))
         write: Callable[[str], Part | None] = writer.write
         mapped: Callable[..., Iterator[Part | None]] = map
-        if processes > 1:
+        if processes > 1 and sys.platform == "linux":  # macOS's libraries do not survive a fork
             # Forked workers inherit the opened checkpoints and files; nothing but names is sent to them.
             gc.freeze()  # the garbage collector would write to the pages that they share
             stack.callback(gc.unfreeze)

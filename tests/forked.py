@@ -2,6 +2,7 @@
 and transformers already. The code of the stage is imported anew, from the folder that it runs in.
 """
 
+import compileall
 import os
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import dvc.cli
 import dvc.stage.run
 import pytest
 from dvc.repo import Repo
@@ -32,6 +34,7 @@ def copy_repository(folder: Path) -> None:
             shutil.copy(source, folder / name)
     subprocess.run(["git", "init", "-q"], check=True, cwd=folder)
     commit(folder)
+    compileall.compile_dir(folder, quiet=1)  # every fork would compile what it imports
 
 
 def commit(folder: Path) -> None:
@@ -57,6 +60,12 @@ class Pipeline:
         self.ran.clear()
         with Repo(".") as repo:
             repo.reproduce(targets=list(targets))
+        return set(self.ran)
+
+    def experiment(self, *words: str) -> set[str]:
+        """`dvc exp run`."""
+        self.ran.clear()
+        assert dvc.cli.main(["exp", "run", *words]) == 0
         return set(self.ran)
 
     def go_back(self) -> None:
