@@ -4,7 +4,7 @@ import shutil
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stages.models.houlsby as houlsby
+import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
 from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe

@@ -41,7 +41,7 @@ def main() -> None:
     # Processes share the work, one thread each: that is faster, and their number does not change a bit.
     torch.set_num_threads(1)
     merged = Merged(*open_stages(sorted(settings.merge.weights)), settings.merge)
-    facts = lineage(settings)
+    facts = provenance(settings)
     with publish(MERGED) as folder:
         write_json(folder / "lineage.json", facts)
         write(merged, folder, {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}, settings.thread_count)
@@ -188,7 +188,7 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
     check_errors(errors, merged.merge.adapter.tolerance)
 
 
-def lineage(settings: Params) -> dict[str, Any]:
+def provenance(settings: Params) -> dict[str, Any]:
     """The merge's settings and the record of every stage in it, ancestors included; no timestamps."""
     names = {ancestor for name in settings.merge.weights for ancestor in settings.lineage(name)}
     return {

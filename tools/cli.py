@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "what sets any models apart, layer by layer",
     "search": "better weights for the merge, found on the tuning splits",
     "provenance": "how a file was made, from its own metadata",
+    "docs": "the generated parts of docs/ anew",
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-import stages.models.houlsby  # noqa: F401  # makes its models known to transformers
+import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
 from stages.files import BASE, read_json
 
 

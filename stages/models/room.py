@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import stages.models.houlsby as houlsby
+import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError
 from stages.models.layers import mlp_width
 
@@ -58,7 +58,7 @@ def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
 
 def add_adapters(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """The same function with adapters of `size` neurons behind every attention and every MLP (`stages.houlsby`).
+    """The same function with adapters of `size` neurons behind every attention and every MLP (`modeling_houlsby`).
 
     Their first matrix is normal with a standard deviation of 0.02, the same for every seed, their second one zero.
 
