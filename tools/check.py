@@ -2,11 +2,8 @@
 
 from argparse import ArgumentParser
 
-from stages.errors import MistakeError
 from stages.project.check import load_checked
 from stages.project.params import PARAMS
-
-TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
 
 
 def add_arguments(_: ArgumentParser) -> None:
@@ -16,9 +13,6 @@ def add_arguments(_: ArgumentParser) -> None:
 def main() -> None:
     """Tell the first mistake, or that there is none."""
     params = load_checked()
-    for section in TRACKED:
-        if section not in params.model_fields_set:
-            raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
     print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
     if params.threads == "auto":
         print(

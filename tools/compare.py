@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-import stages.models.houlsby  # noqa: F401  makes its models known to transformers
+import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 from analysis.changes.measured import COLUMNS
 from analysis.changes.tables import cosines, summarise
-from analysis.changes.tensors import inner_products, norm, rounding
+from analysis.changes.tally import Tally, Where
+from analysis.changes.tensors import TensorChange, has_unit_gain
 from analysis.telling.figures import cosine_maps, heat_maps
 from analysis.telling.page import render
 from analysis.telling.text import percent
@@ -44,8 +44,8 @@ class Compared:
 
     Attributes:
         names: of the others.
-        rows: one per model and tensor that differs, with the columns of `analysis.deltas`; `error` is what rounding
-            to the model's dtype alters, of which a file of weights has kept only the size that is to be expected.
+        rows: one per model and tensor that differs, with the parts of METRICS; the error is what rounding to the
+            model's dtype alters, of which a file of weights tells only the size that is to be expected.
         grams: by layer, inner products of the differences, float64 [names, names].
         tensors: how many were compared.
         missing: by model, tensors that it or the first lacks, or whose shape is another.
@@ -129,32 +129,28 @@ def compare(first: Checkpoint, models: list[Model]) -> Compared:
         MistakeError: a model has no tensor in common with the first.
     """
     names = [model.name for model in models]
-    rows: list[dict[str, Any]] = []
-    grams: dict[int, np.ndarray] = {}
-    missing: dict[str, list[str]] = {name: [] for name in names}
+    tally, missing = Tally(names), {name: list[str]() for name in names}
     tensors = _tensors(first, models)
     for path, parameter in tensors:
-        tensor, where = f"{path}.{parameter}", first.architecture.place(path)
+        where = Where(*first.architecture.place(path), parameter)
         deltas: dict[str, torch.Tensor] = {}
         for model in models:
-            found = _difference(first, model, path, parameter)
-            if found is None:
-                missing[model.name].append(tensor)
-            elif bool(found[0].any()):
-                deltas[model.name] = found[0]
-                rows.append(dict(zip(COLUMNS, (model.name, *where, parameter, *found[1]), strict=True)))
+            change = _change(first, model, path, parameter)
+            if change is None:
+                missing[model.name].append(f"{path}.{parameter}")
+            elif bool(change.delta.any()):
+                deltas[model.name] = change.delta
+                tally.add_row(model.name, where, change)
         if deltas:
-            here = [names.index(name) for name in deltas]
-            gram = grams.setdefault(where[0], np.zeros((len(names), len(names))))
-            gram[np.ix_(here, here)] += inner_products(list(deltas.values()))
+            tally.add_products(where.layer, deltas)
     for name, lacking in missing.items():
         if len(lacking) == len(tensors):
             raise MistakeError(
                 f"{name} has no tensor of the same name and shape as {first.folder}; compare its own base"
             )
-    kinds = first.architecture.kinds
-    layers = first.architecture.layers
-    return Compared(names, pd.DataFrame(rows, columns=COLUMNS), grams, len(tensors), missing, kinds, layers)
+    rows = pd.DataFrame(tally.rows, columns=COLUMNS)
+    kinds, layers = first.architecture.kinds, first.architecture.layers
+    return Compared(names, rows, tally.grams, len(tensors), missing, kinds, layers)
 
 
 def _tensors(first: Checkpoint, models: list[Model]) -> list[tuple[str, str]]:
@@ -163,34 +159,37 @@ def _tensors(first: Checkpoint, models: list[Model]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((path, name) for modules in stored for path, names in modules.items() for name in names))
 
 
-def _difference(
-    first: Checkpoint, model: Model, path: str, parameter: str
-) -> tuple[torch.Tensor, tuple[Any, ...]] | None:
-    """The difference in one tensor, float32, and its row from `entries` on; None where one of the two lacks it."""
+@dataclass(frozen=True)
+class StoredChange(TensorChange):
+    """A change of which the file is all there is: what rounding altered is not known, only what it does on average."""
+
+    @property
+    def error(self) -> torch.Tensor:
+        """For each entry what rounding to the file's dtype alters in root mean square, float32.
+
+        Rounding to nearest moves a number by up to half of the spacing, evenly spread, so by 1/√12 of it.
+        """
+        return spacing(self.file) / 12**0.5
+
+
+def _change(first: Checkpoint, model: Model, path: str, parameter: str) -> TensorChange | None:
+    """What sets a model's tensor apart from the first's; None where one of the two lacks it, or the shapes differ."""
     try:
         stored = first.stored(f"{path}.{parameter}")
-        weight = stored.float()
-        if isinstance(model, VirtualCheckpoint):
-            result = model.module(path)[parameter]
-            delta = result - weight
-            lost = rounding(weight, result, result.to(stored.dtype))
-        else:
-            own = model.stored(f"{path}.{parameter}")
-            if own.shape != stored.shape:
-                return None
-            delta = own.float() - weight
-            lost = {"error": norm(spacing(own)) / 12**0.5, "unchanged": int((delta == 0).sum())}
+        file = None if isinstance(model, VirtualCheckpoint) else model.stored(f"{path}.{parameter}")
+        exact = model.module(path)[parameter] if file is None else file.float()
     except KeyError:
         return None
-    largest = float(delta.abs().max())
-    return delta, (weight.numel(), norm(weight), norm(delta), lost["error"], lost["unchanged"], largest)
+    if exact.shape != stored.shape:
+        return None
+    weight, unit_gain = stored.float(), has_unit_gain(first.architecture, path, parameter)
+    if file is None:
+        return TensorChange(weight, exact - weight, exact, exact.to(stored.dtype), unit_gain)
+    return StoredChange(weight, exact - weight, exact, file, unit_gain)
 
 
 def spacing(values: torch.Tensor) -> torch.Tensor:
-    """Distance to the next number of the same dtype, float32; 0 for 0.
-
-    Rounding to nearest moves a number by up to half of it, evenly spread, so by 1/√12 of it in root mean square.
-    """
+    """Distance to the next number of the same dtype, float32; 0 for 0."""
     exponents = torch.frexp(values.float()).exponent - 1
     steps = torch.full(values.shape, torch.finfo(values.dtype).eps)
     return torch.where(values == 0, 0.0, torch.ldexp(steps, exponents))

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from stages.models.layers import exactly, linear_modules
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from peft import AdaLoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's rank allocator, by parameter
+LEFT = "rank_pattern"
 
 
 class AdaLora(Training):
@@ -48,6 +53,25 @@ class AdaLora(Training):
     def stepped(self, model: PeftModel, step: int) -> None:
         """Drop directions; PEFT wants it after the optimizer's step, while the gradients are still there."""
         model.base_model.update_and_allocate(step)  # type: ignore[operator]
+
+    def state(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        """PEFT's running averages of how much each number matters, and which directions are left."""
+        allocator: Any = model.base_model.rankallocator
+        state = {f"{kind}/{name}": values for kind in AVERAGES for name, values in getattr(allocator, kind).items()}
+        left: dict[str, list[bool]] = allocator.peft_config.rank_pattern or {}
+        return state | {f"{LEFT}/{name}": torch.tensor(kept) for name, kept in left.items()}
+
+    def load_state(self, model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+        """Take them back."""
+        allocator: Any = model.base_model.rankallocator
+        left = {}
+        for key, values in state.items():
+            kind, _, name = key.partition("/")
+            if kind == LEFT:
+                left[name] = values.tolist()
+            else:
+                getattr(allocator, kind)[name] = values.to(model.device)
+        allocator.peft_config.rank_pattern = left or None
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Save it as the LoRA that it is by now: PEFT scales an AdaLoRA that it loads again in another way."""

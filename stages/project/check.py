@@ -1,7 +1,10 @@
 """All that can be known of params.yaml before anything is trained."""
 
+from stages.errors import MistakeError
 from stages.merging.kernels import find_kernel
-from stages.project.params import Params, load_params
+from stages.project.params import PARAMS, Params, load_params
+
+TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
 
 
 def load_checked() -> Params:
@@ -12,4 +15,7 @@ def load_checked() -> Params:
     """
     params = load_params()
     find_kernel(params.merge)
+    for section in TRACKED:
+        if section not in params.model_fields_set:
+            raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
     return params

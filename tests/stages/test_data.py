@@ -442,4 +442,4 @@ def test_the_command_writes_or_says_what_is_wrong(project):
         1,
         "error: params.yaml: datasets has no 'sum'; it has sums, words\n",
     )
-    assert "invalid _positive value: '0'" in command("tools.cli", "show", "sums", "0").stderr
+    assert "'0' is no number from 1" in command("tools.cli", "show", "sums", "0").stderr

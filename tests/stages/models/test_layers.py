@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from stages.errors import MistakeError
 from stages.files import BASE
 from stages.methods import METHODS
-from stages.models.layers import exactly, linear_modules, norm_modules, select
+from stages.models.architecture import exactly
+from stages.models.layers import linear_modules, norm_modules, select
 from stages.settings.ranges import parse
 from tests.conftest import ARCHITECTURES, make_base
 

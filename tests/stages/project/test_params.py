@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from stages import base
 from stages.errors import MistakeError
+from stages.files import BASE, read_json, write_json
 from stages.project.params import load_params
 from tests.conftest import ROOT, make_base
+from tools import check
 
 MISTAKES = {
     # name: (text to replace, its replacement, what the sentence says)
@@ -145,6 +148,46 @@ def test_every_stage_says_it_on_the_command_line_without_a_traceback(project, mo
     done = subprocess.run([sys.executable, "-m", *stage.split()], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: params.yaml: sead is not a known key; did you mean seed?"
+
+
+@pytest.mark.parametrize(
+    ("text", "replacement", "sentence"),
+    [
+        ("method: task_arithmetic", "method: tiess", "merge.method 'tiess' is not known; did you mean ties?"),
+        ("warn:\n  rounding: 0.25\n", "", "warn is missing, and DVC asks for it; write warn: {}"),
+        ("selections: {}\n", "", "selections is missing, and DVC asks for it; write selections: {}"),
+    ],
+)
+def test_what_only_a_later_stage_would_find_is_told_before_any_training(project, text, replacement, sentence):
+    content = Path("params.yaml").read_text()
+    assert text in content
+    Path("params.yaml").write_text(content.replace(text, replacement))
+    for first in (base.main, check.main):
+        with pytest.raises(MistakeError) as mistake:
+            first()
+        assert str(mistake.value) == f"params.yaml: {sentence}"
+
+
+def test_a_new_base_with_more_layers_is_not_held_against_the_old_one(project):
+    make_base()  # of four layers, and another model than params.yaml's
+    write_json(BASE / "stage.json", read_json(BASE / "stage.json") | {"model": "older"})
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 0-1", "layers: 0-7"))
+    assert load_params().stages["sums"].layers == "0-7"
+
+
+@pytest.mark.parametrize("name", ["Base", "MERGED"])
+def test_a_stage_cannot_have_the_name_of_a_model_that_is_none(project, name):
+    text = Path("params.yaml").read_text().replace("  words:\n    parent", f"  {name}:\n    parent")
+    Path("params.yaml").write_text(text)
+    with pytest.raises(MistakeError, match=f"stages.{name} has a name that stands for the"):
+        load_params()
+
+
+def test_names_that_differ_in_case_alone_are_one_file_on_some_systems(project):
+    text = Path("params.yaml").read_text().replace("  words:\n    parent", "  SUMS:\n    parent")
+    Path("params.yaml").write_text(text)
+    with pytest.raises(MistakeError, match=r"stages\.SUMS has the name of sums; choose another"):
+        load_params()
 
 
 def test_a_missing_file_is_one_sentence(workspace):
