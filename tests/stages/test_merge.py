@@ -8,16 +8,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge as merge_stage
 from stages.errors import MistakeError
-from stages.files import BASE
+from stages.files import BASE, read_json, write_json
 from stages.merge import write
 from stages.merging.kernels import find_kernel
 from stages.merging.merged import Merged
+from stages.models.loading import load_model
 from stages.settings.merge import Merge
-from stages.weights.checkpoint import open_stages
+from stages.weights.checkpoint import open_model, open_stages
 from tests.conftest import make_base, make_outside, make_stage
 
 
@@ -299,3 +300,52 @@ def test_a_failed_merge_keeps_the_last_one(project, monkeypatch):
     with pytest.raises(MistakeError, match="cannot merge"):
         merge_stage.main()
     assert Path("merged/model.safetensors").read_bytes() == before
+
+
+def adapter_config(**record):
+    """The config of a merge written as an adapter, whose base is recorded as told."""
+    write_json(BASE / "stage.json", read_json(BASE / "stage.json") | record)
+    make_stage("one", load_base(), "lora", "0")
+    Path("merged").mkdir()
+    write(Merged(*open_stages(["one"]), Merge(weights={"one": 1.0}, outputs=["adapter"])), Path("merged"), {})
+    return read_json(Path("merged/adapter/adapter_config.json"))
+
+
+def test_an_adapter_names_the_hubs_model_and_its_commit(workspace):
+    make_base()
+    config = adapter_config(model="owner/name", revision="abc")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
+
+
+def test_an_adapter_of_a_base_with_room_does_not_name_the_hubs_model_which_has_none(workspace):
+    make_base()
+    config = adapter_config(model="owner/name", revision="abc", room={"add_biases": True})
+    assert (config["base_model_name_or_path"], config["revision"]) == ("checkpoints/base", None)
+
+
+def test_a_tokenizer_with_several_chat_templates_goes_along(workspace):
+    make_base()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(BASE)
+    make_stage("one", load_base(), "lora", "0")
+    Path("merged").mkdir()
+    write(Merged(*open_stages(["one"]), Merge(weights={"one": 1.0})), Path("merged"), {})
+    assert set(AutoTokenizer.from_pretrained("merged").chat_template) == {"default", "tool_use"}
+
+
+@pytest.mark.parametrize("output", ["model", "adapter", "delta"])
+def test_the_merged_model_is_opened_from_whatever_was_written(workspace, output):
+    make_base("llama-untied")
+    for name in ("one", "two"):
+        make_stage(name, load_base(), "lora", "0-1" if name == "one" else "1-2")
+    base, stages = open_stages(["one", "two"])
+    exact = Merged(base, stages, Merge(weights={"one": 1.0, "two": 0.5}, outputs=[output], dtype="float32"))
+    Path("merged").mkdir()
+    write(exact, Path("merged"), {"format": "pt"})
+    opened = open_model("merged")
+    model, truth = (load_model(each, torch.float32) for each in (opened, exact))
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, truth(ids).logits, rtol=0, atol=1e-5)
+        assert not torch.allclose(model(ids).logits, load_base()(ids).logits, rtol=0, atol=1e-3)
