@@ -1,9 +1,10 @@
 """Losses of the tokens that count."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -37,33 +38,28 @@ def pad(examples: list[Example], filler: int, device: torch.device | str = "cpu"
 
 
 CHUNK = 512  # tokens whose logits are in memory at once
-RESCALED = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # configs of models that change their logits
+SEEN = 8  # positions from the start of each example that ways are compared on
+
+Way = Literal["chunks", "asked", "whole"]  # how the losses are computed, the cheapest first
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats of every token with a weight, and these weights: float32, in one dimension.
 
     Only the positions before such a token pass through the last MLP and the output layer, CHUNK of them at a time
-    through the latter, for the vocabulary makes logits dear.
+    through the latter, because logits are [tokens, vocabulary]. A model whose own logits differ from what that gives
+    makes them itself, all at once.
     """
     asked = torch.zeros_like(batch.present, dtype=torch.bool)
     asked[:, :-1] = batch.weights[:, 1:] != 0
     words, weights = batch.ids.roll(-1, 1)[asked], batch.weights.roll(-1, 1)[asked]
-    chunked = not any(getattr(model.config, key, None) for key in RESCALED)
-    hidden: list[torch.Tensor] = []
-
-    def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        hidden.append(inputs[0][asked])
-        return hidden[0][:0] if chunked else hidden[0]
-
+    way = _way(model, batch)
+    if way == "whole":
+        return _cross_entropy(_run(model, batch)[asked], words), weights
     head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(select)
-    try:
-        with _last_mlp_for(asked, model):
-            logits = model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False).logits
-    finally:
-        hook.remove()
-    if not chunked:
+    with _last_mlp_for(asked, model), _head_sees(head, lambda h: h[asked], 0 if way == "chunks" else None) as hidden:
+        logits = _run(model, batch)
+    if way == "asked":
         return _cross_entropy(logits, words), weights
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHead.apply(hidden[0], words, head), weights
@@ -75,6 +71,94 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([checkpoint(losses, part, word, use_reentrant=False) for part, word in parts]), weights
 
 
+def _run(model: Any, batch: Batch) -> torch.Tensor:
+    return model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False).logits
+
+
+@contextmanager
+def _head_sees(
+    head: nn.Module, choose: Callable[[torch.Tensor], torch.Tensor], most: int | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Within the block the output layer gets what `choose` makes of its input, which is left in the list.
+
+    Args:
+        head: the output layer.
+        choose: from hidden states [examples, length, width].
+        most: rows of the choice that the output layer gets; the list has all of them.
+    """
+    chosen: list[torch.Tensor] = []
+
+    def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        chosen.append(choose(inputs[0]))
+        return chosen[0][:most]
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield chosen
+    finally:
+        hook.remove()
+
+
+def _way(model: Any, batch: Batch) -> Way:
+    """The cheapest way to the losses that is right for this model, found once, on the first batch."""
+    if batch.ids.shape[1] == 1:  # nothing is learned, and nothing to compare
+        return "whole"
+    if not hasattr(model, "way_to_losses"):
+        with _undisturbed(model):
+            model.way_to_losses = _compare_ways(model, batch)
+        if model.way_to_losses != "chunks":
+            warnings.warn(
+                f"the logits of a {model.config.model_type} model are not its output layer's alone, so all those of a"
+                " batch are in memory at once; smaller batches need less",
+                stacklevel=3,
+            )
+    return model.way_to_losses
+
+
+def _compare_ways(model: Any, batch: Batch) -> Way:
+    """Compare each way with the model's own logits, on some positions of the batch.
+
+    The batch and not a smaller one, because `stages.training.prefix` may stand in for the first layers, for this batch
+    alone. Every other position is asked for, so that an MLP that mixes positions is seen to.
+    """
+    asked = batch.present.bool()
+    asked[:, ::2] = False
+    seen = asked.clone()
+    seen[:, SEEN:] = False
+    try:
+        head = model.get_output_embeddings()
+        with _head_sees(head, lambda hidden: hidden[:, :SEEN]):
+            own = _run(model, batch)[seen[:, :SEEN]]
+        with _last_mlp_for(asked, model), _head_sees(head, lambda hidden: hidden[seen]) as hidden:
+            narrowed = _run(model, batch)
+        product = head(hidden[0])
+    except Exception:  # whatever a model of another shape raises: its own forward is all that is left
+        return "whole"
+    if not _are_close(narrowed, own, 0.02):  # bfloat16 differs by some thousandths where another kernel multiplies
+        return "whole"
+    # The same product of the same numbers: whatever differs is the model's doing, however little it is here.
+    return "chunks" if _are_close(product, narrowed, 1e-6) else "asked"
+
+
+def _are_close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
+    found, truth = found.float(), truth.float()
+    return found.shape == truth.shape and bool((found - truth).norm() <= tolerance * truth.norm())
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Within the block nothing drops out and no gradient is kept; after it all is as before, random numbers too."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
 @contextmanager
 def _last_mlp_for(asked: torch.Tensor, model: Any) -> Iterator[None]:
     """Within the block the last layer's MLP computes the positions `asked` [examples, length] alone.
@@ -83,7 +167,7 @@ def _last_mlp_for(asked: torch.Tensor, model: Any) -> Iterator[None]:
     that checkpointing computes again, after the block.
     """
     mlp = getattr(model.get_submodule(layer_stack(model))[-1], "mlp", None)
-    if mlp is None or hasattr(mlp, "experts") or model.is_gradient_checkpointing:
+    if mlp is None or hasattr(mlp, "experts") or model.is_activation_checkpointing:
         yield
         return
     forward = mlp.forward

@@ -1,17 +1,25 @@
 """Losses of the tokens that count: against the logits of all tokens in float64."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from stages.models import losses
@@ -24,11 +32,22 @@ OTHERS = {
     "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON)),  # its output layer has biases
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)),
 }
+RESCALED = {  # what the output layer gives is not yet the logits
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=8, final_logit_softcapping=1.0, **COMMON)),
+    "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(lru_width=32, attention_window_size=64, logits_soft_cap=1.0, **COMMON)
+    ),
+    "falcon_h1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(
+            mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, lm_head_multiplier=0.1, **COMMON
+        )
+    ),
+}
 
 
 def make_model(architecture):
     torch.manual_seed(0)
-    made = (ARCHITECTURES | OTHERS)[architecture]()
+    made = (ARCHITECTURES | OTHERS | RESCALED)[architecture]()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -61,9 +80,71 @@ def test_losses_and_gradients_are_those_of_all_logits(architecture, monkeypatch)
     assert (gradients(made) - gradients(exact)).norm() < 1e-5 * gradients(exact).norm()
 
 
+@pytest.mark.parametrize("architecture", RESCALED)
+def test_logits_that_the_model_rescales_are_its_own_and_that_is_said_once(architecture):
+    made, batch = make_model(architecture), pad(make_examples(), 0)
+    exact = copy.deepcopy(made).double()
+    with pytest.warns(UserWarning, match=f"the logits of a {architecture} model are not its output layer's alone"):
+        found, _ = token_losses(made, batch)
+    truth = whole(exact, batch)
+    assert torch.allclose(found.double(), truth, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    truth.sum().backward()
+    assert (gradients(made) - gradients(exact)).norm() < 1e-4 * gradients(exact).norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(token_losses(made, batch)[0], found)
+
+
+class MixedMLP(torch.nn.Module):
+    """An MLP that looks back one position."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden):
+        return self.mlp(hidden + hidden.roll(1, dims=1))
+
+
+def test_an_mlp_that_mixes_positions_sees_all_of_them():
+    made, batch = make_model("llama-untied"), pad(make_examples(), 0)
+    made.model.layers[-1].mlp = MixedMLP(made.model.layers[-1].mlp)
+    assert torch.allclose(token_losses(made, batch)[0], whole(made, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_is_unlike_all_others_gives_its_logits_whole():
+    made, batch = make_model("llama-untied"), pad(make_examples(), 0)
+    made.get_output_embeddings = lambda: None
+    assert torch.equal(token_losses(made, batch)[0], whole(made, batch))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_finding_the_way_leaves_no_trace(autocast):
+    batch = pad(make_examples(), 0)
+
+    def step(found_before):
+        wrapped = get_peft_model(make_model("gpt2"), LoraConfig(lora_dropout=0.5, init_lora_weights=False)).train()
+        wrapped.base_model.model.transformer.drop.p = 0.5
+        wrapped.base_model.model.transformer.h[0].eval()
+        modes = [module.training for module in wrapped.modules()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if found_before:
+                wrapped.way_to_losses = "chunks"
+            torch.manual_seed(1)
+            losses, _ = token_losses(wrapped, batch)
+        losses.sum().backward()
+        assert modes == [module.training for module in wrapped.modules()]
+        return losses, gradients(wrapped), torch.rand(3)
+
+    for first, again in zip(step(False), step(True), strict=True):
+        assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_mlp_computes_only_what_is_asked(architecture):
     made, batch = make_model(architecture), pad(make_examples(), 0)
+    token_losses(made, batch)  # finds the way
     rows = []
     for layer in made.get_submodule(layer_stack(made))[-2:]:
         inner = layer.mlp.act if architecture == "gpt2" else layer.mlp.act_fn
@@ -76,6 +157,7 @@ def test_the_last_mlp_computes_only_what_is_asked(architecture):
 
 def test_the_router_of_experts_sees_every_token():
     made, batch = MixtralForCausalLM(MixtralConfig(num_local_experts=2, **COMMON)), pad(make_examples(), 0)
+    token_losses(made, batch)  # finds the way
     rows = []
     made.model.layers[-1].mlp.gate.register_forward_pre_hook(lambda _, args: rows.append(args[0][..., 0].numel()))
     token_losses(made, batch)

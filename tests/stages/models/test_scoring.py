@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.models import scoring
 from stages.files import BASE
+from stages.models import scoring
 from stages.models.loading import load_model, load_tokenizer
 from stages.records.tokens import encode
 from stages.settings.evaluate import Evaluate
