@@ -31,7 +31,8 @@ def mean_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
 ) -> float:
     """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
-    examples = [encode(record, tokenizer, model.config.max_position_embeddings) for record in records]
+    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
+    examples = [encode(record, tokenizer, positions) for record in records]
     examples.sort(key=lambda example: len(example.ids))
     total = 0.0
     for start in range(0, len(examples), batch_size):

@@ -26,8 +26,8 @@ class Example:
         return sum(map(abs, self.weights[1:]))
 
 
-def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example:
-    """Turn a record into at most `max_length` tokens; what is learned ends with the end-of-text token.
+def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Example:
+    """Turn a record into at most `max_length` tokens (None: all); what is learned ends with the end-of-text token.
 
     Raises:
         MistakeError: messages for a tokenizer whose chat template is missing, rewrites earlier turns, or changes a
@@ -37,7 +37,8 @@ def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int
         _check_vocabulary(record, tokenizer)
         ids, weights = record["input_ids"], list(map(float, record["loss_weights"]))
         return Example(ids[:max_length], weights[:max_length])
-    ids, weights = [], []
+    ids = _start(record, tokenizer)
+    weights = [0.0] * len(ids)
     for piece in _pieces(record, tokenizer):
         tokens, counted = _tokens(piece, tokenizer)
         ids += tokens
@@ -56,7 +57,13 @@ def encode_question(record: Record, tokenizer: "PreTrainedTokenizerBase") -> lis
         text = _render(record["messages"][:-1], tokenizer, ask=True)
     else:
         text = record["prompt"]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _start(record, tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _start(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The beginning-of-text token, where the tokenizer puts one before a text and no chat template does it instead."""
+    first = [] if "messages" in record else tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _check_vocabulary(record: Record, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
-from stages.files import BASE
+from stages.files import BASE, read_json, write_json
 from stages.models import scoring
 from stages.models.loading import load_model, load_tokenizer
-from stages.records.tokens import encode
+from stages.records.tokens import encode, encode_question
 from stages.settings.evaluate import Evaluate
 from stages.weights.checkpoint import Checkpoint
-from tests.conftest import make_base
+from tests.conftest import make_base, make_tokenizer
 
 RECORDS = [{"prompt": "x" * n, "completion": "yz" * n} for n in (1, 4, 2, 9)]
 
@@ -32,6 +33,14 @@ def test_loss_is_per_token_whatever_the_batch():
         assert found == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_model_without_a_limit_of_positions_reads_all():
+    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)).eval()
+    record = {"text": "abcdefgh" * 20}
+    ids = torch.tensor([encode(record, make_tokenizer(), None).ids])
+    found = scoring.mean_loss(model, make_tokenizer(), [record], 1)
+    assert ids.shape == (1, 161) and found == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
+
+
 def test_a_padded_batch_answers_as_each_question_alone():
     model, tokenizer = make_model()
     together = scoring.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
@@ -43,6 +52,68 @@ def test_a_padded_batch_answers_as_each_question_alone():
         a[:n] for a, n in zip(alone, shortest, strict=True)
     ]
     assert max(shortest) > 0
+
+
+def greedy(model, tokenizer, record, most):
+    """The most probable token after the other, up to the end of the text."""
+    ids = encode_question(record, tokenizer)
+    start = len(ids)
+    while len(ids) < start + most:
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+OTHERWISE = [  # what a base's generation_config.json may ask for
+    {},
+    {"repetition_penalty": 5.0},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 9},
+    {"min_length": 30},
+    {"max_length": 3},
+    {"max_new_tokens": 1},
+    {"max_time": 1e-9},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"do_sample": True, "temperature": 9.0},
+    {"do_sample": True, "num_return_sequences": 3},
+    {"suppress_tokens": list(range(64))},
+    {"begin_suppress_tokens": list(range(64))},
+    {"bad_words_ids": [[token] for token in range(64)]},
+    {"sequence_bias": [[[99], 100.0]]},
+    {"forced_bos_token_id": 99},
+    {"forced_eos_token_id": 99},
+    {"exponential_decay_length_penalty": [1, 50.0]},
+    {"stop_strings": ["a", "b", "c", "x", "y", "z"]},
+    {"penalty_alpha": 0.9, "top_k": 5},
+    {"encoder_repetition_penalty": 5.0},
+    {"guidance_scale": 3.0},
+    {"prompt_lookup_num_tokens": 3},
+    {"dola_layers": "low"},
+    {"eos_token_id": list(range(1, 128))},
+    {"pad_token_id": 99},
+    {"watermarking_config": {"greenlist_ratio": 0.25, "bias": 50.0}},
+    {"cache_implementation": "static"},
+    {"use_cache": False},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"token_healing": True},
+    {"renormalize_logits": True},
+]
+
+
+@pytest.mark.parametrize("asked", OTHERWISE, ids=lambda asked: ",".join(asked) or "nothing")
+def test_answers_are_greedy_whatever_the_base_asks_for(asked):
+    make_base("llama-untied")
+    records = [{"prompt": text * 3, "completion": "z" * 8} for text in "abc"]
+    path = BASE / "generation_config.json"
+    write_json(path, read_json(path) | asked)
+    model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
+    truth = [greedy(model, tokenizer, record, 9) for record in records]
+    assert scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=20)) == truth
+    assert max(map(len, truth)) > 3
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.errors import MistakeError
+from stages.models.source import locate
 from stages.records.lines import Lines
 from stages.records.record import answer, check, question
 from stages.records.tokens import Example, encode, encode_question
+from stages.settings.base import Base
 from tests.conftest import make_tokenizer
 
 TEMPLATE = (
@@ -56,6 +58,31 @@ def test_every_answer_of_a_chat_is_learned_and_nothing_else():
     turns = chat(("u", "q", {}), ("a", "r", {}), ("u", "s", {}), ("a", "t", {}))
     assert shown(turns, tokenizer) == ("<u>q.<a>r.<u>s.<a>t.", "r.t.")
     assert "".join(map(chr, encode_question(turns, tokenizer))) == "<u>q.<a>r.<u>s.<a>"
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "\x01"})
+    asked = {"prompt": "1+1=", "completion": "2"}
+    assert shown(asked, tokenizer) == ("1+1=2$", "2$")  # a token that the tokenizer knows and does not put there
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="\x01 $A", special_tokens=[("\x01", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = TEMPLATE
+    assert encode_question(asked, tokenizer) == tokenizer("1+1=")["input_ids"]
+    assert encode(asked, tokenizer, None) == Example([*tokenizer("1+1=2")["input_ids"], 0], [0.0] * 5 + [1.0] * 2)
+    assert encode({"text": "ab"}, tokenizer, None) == Example([*tokenizer("ab")["input_ids"], 0], [0.0, 1.0, 1.0, 1.0])
+    assert encode({"text": "ab"}, tokenizer, 2).ids == tokenizer("a")["input_ids"]
+    assert shown({"input_ids": [97], "loss_weights": [1]}, tokenizer) == ("a", "a")
+    assert shown(chat(("u", "q", {}), ("a", "r", {})), tokenizer) == ("<u>q.<a>r.", "r.")  # the template's to say
+
+
+def test_nothing_is_put_before_a_text_of_the_default_base():
+    source = locate(Base(model="bundled:smollm2-135m-instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(source["pretrained_model_name_or_path"], gguf_file=source["gguf_file"])
+    ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    assert encode({"text": "a b"}, tokenizer, None).ids == [*ids, tokenizer.eos_token_id]
+    assert encode_question({"prompt": "a b", "completion": "c"}, tokenizer) == ids
 
 
 @pytest.mark.parametrize(
