@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from analysis.running.watching import (
-    Seen,
+    Activations,
     attention_divergence,
     attention_of,
     drift,
@@ -28,6 +28,7 @@ from analysis.running.watching import (
     watch,
     written,
 )
+from analysis.telling.text import rounded
 from stages.errors import run
 from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, write_json
 from stages.models.architecture import layer_stack, place
@@ -57,13 +58,13 @@ def main(name: str) -> None:
     texts = read_texts()
     before = watch_all(load_eager(base), texts)
     if name == "base":
-        found = probe_base(base, texts["off"][:NULL], before["off"])
+        result = probe_base(base, texts["off"][:NULL], before["off"])
     else:
         checkpoint = open_model(name)
-        found = {"trained": trained_layers(name, params), **probe(checkpoint, base, texts, before), "ablation": []}
+        result = {"trained": trained_layers(name, params), **probe(checkpoint, base, texts, before), "ablation": []}
         if isinstance(checkpoint, VirtualCheckpoint) and name in params.stages:
-            found["ablation"] = ablate(checkpoint, own_layers(name), params.evaluate)
-    write_json(REPORTS / "probe" / f"{name}.json", _rounded(found))
+            result["ablation"] = ablate(checkpoint, own_layers(name), params.evaluate)
+    write_json(REPORTS / "probe" / f"{name}.json", rounded(result))
 
 
 def own_layers(name: str) -> list[int]:
@@ -77,7 +78,7 @@ def trained_layers(name: str, params: Params) -> list[int]:
     return sorted({layer for end in ends for stage in params.lineage(end) for layer in own_layers(stage)})
 
 
-def watch_all(model: PreTrainedModel, texts: dict[str, list[torch.Tensor]]) -> dict[str, list[Seen]]:
+def watch_all(model: PreTrainedModel, texts: dict[str, list[torch.Tensor]]) -> dict[str, list[Activations]]:
     """What a model makes of the texts of both domains."""
     return {domain: watch(model, each, LENS_FROM[domain]) for domain, each in texts.items()}
 
@@ -97,19 +98,19 @@ def probe(
     checkpoint: Weights,
     origin: Checkpoint,
     texts: dict[str, list[torch.Tensor]],
-    before: dict[str, list[Seen]],
+    before: dict[str, list[Activations]],
 ) -> dict[str, Any]:
-    """Everything that is compared between a checkpoint and the base, which saw `before`."""
+    """Everything that is compared between a checkpoint and the base, whose activations are `before`."""
     model = load_eager(checkpoint)
     after = watch_all(model, texts)
-    pairs = {domain: list(zip(before[domain], seen, strict=True)) for domain, seen in after.items()}
+    pairs = {domain: list(zip(before[domain], each, strict=True)) for domain, each in after.items()}
     lens = {domain: torch.stack([lens_divergence(*pair) for pair in each]) for domain, each in pairs.items()}
     result: dict[str, Any] = {
         domain: {
             "drift": interval(torch.stack([drift(*pair) for pair in pairs[domain]])),
-            "kl": interval(found[:, -1]),
+            "kl": interval(divergence[:, -1]),
         }
-        for domain, found in lens.items()  # [texts, lens layers]
+        for domain, divergence in lens.items()  # [texts, lens layers]
     }
     shift = torch.stack([attention_divergence(*pair) for pair in pairs["off"]]).mean(0)
     result["attention"] = attention_of(after["off"]) | {"divergence": shift.tolist()}
@@ -122,43 +123,47 @@ def reset_early(
     origin: Checkpoint,
     model: PreTrainedModel,
     texts: list[torch.Tensor],
-    before: list[Seen],
+    before: list[Activations],
     whole: float,
 ) -> dict[str, Any]:
     """Share of the divergence `whole` on `texts` that goes when the first third of the layers is the base's again.
 
-    `model` is left with these layers reset.
+    None where nothing diverges, or where the model is too shallow to have a third. `model` is left with these layers
+    reset.
     """
     stack = layer_stack(model)
     count = model.config.num_hidden_layers // EARLY
     set_weights(model, origin, [path for path in origin.modules if 0 <= place(path, stack)[0] < count])
     pairs = zip(before, watch(model, texts), strict=True)
     left = np.mean([float(lens_divergence(*pair)) for pair in pairs])
-    return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole else 0.0}
+    return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole and count else None}
 
 
-def probe_base(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
-    """What the base itself does, and on some of the texts what running it with fewer digits alone makes."""
+def probe_base(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activations]) -> dict[str, Any]:
+    """What the base itself does, and on the first few texts what running it with fewer digits alone makes."""
     return {
         "layers": base.architecture.layers,
-        "floor": floor(base, texts, seen[: len(texts)]),
-        "base": {"attention": attention_of(seen), "written": written(seen)},
+        "floor": floor(base, texts, activations[: len(texts)]),
+        "base": {"attention": attention_of(activations), "written": written(activations)},
     }
 
 
-def floor(base: Checkpoint, texts: list[torch.Tensor], seen: list[Seen]) -> dict[str, Any]:
+def floor(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activations]) -> dict[str, Any]:
     """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
 
-    `seen` is what it made of the texts in the dtype that is computed in.
+    Args:
+        base: is run once more, in the other dtype.
+        texts: token ids.
+        activations: what it made of them in the dtype that is computed in.
     """
     other = load_eager(base, torch.float32 if compute_dtype() == torch.bfloat16 else torch.bfloat16)
-    pairs = list(zip(seen, watch(other, texts, LENS_FROM["off"]), strict=True))
+    pairs = list(zip(activations, watch(other, texts, LENS_FROM["off"]), strict=True))
     lens = torch.stack([lens_divergence(*pair) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
     return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
 
 
-def ablate(stage: VirtualCheckpoint, trained: list[int], bounds: Evaluate) -> list[dict[str, Any]]:
+def ablate(stage: VirtualCheckpoint, layers: list[int], bounds: Evaluate) -> list[dict[str, Any]]:
     """Loss of a stage on every skill in nats per token, whole and with a group of its layers as its parent has them."""
     model, tokenizer = load_model(stage, compute_dtype(), device()), load_tokenizer()
     stack = layer_stack(model)
@@ -168,11 +173,11 @@ def ablate(stage: VirtualCheckpoint, trained: list[int], bounds: Evaluate) -> li
         return {name: mean_loss(model, tokenizer, each, bounds.batch_size) for name, each in records.items()}
 
     whole, rows = losses(), []
-    groups = np.array_split(trained, min(GROUPS, len(trained))) if trained else []  # an embedding lies in no layer
+    groups = np.array_split(layers, min(GROUPS, len(layers))) if layers else []  # an embedding lies in no layer
     for group in groups:
         modules = [path for path in stage.adapter.modules if place(path, stack)[0] in group]
         set_weights(model, stage.parent, modules)
-        found = losses()
+        without = losses()
         set_weights(model, stage, modules)
         rows += [
             {
@@ -180,19 +185,11 @@ def ablate(stage: VirtualCheckpoint, trained: list[int], bounds: Evaluate) -> li
                 "layers": group.tolist(),
                 "dataset": name,
                 "loss": whole[name],
-                "without": found[name],
+                "without": without[name],
             }
             for name in records
         ]
     return rows
-
-
-def _rounded(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_rounded(value) for value in content]
-    return float(f"{content:.5g}") if isinstance(content, float) else content
 
 
 if __name__ == "__main__":

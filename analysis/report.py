@@ -8,12 +8,13 @@ metrics`). No times and no chance: a second run writes the same bytes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.changes.tables import summarise, survival, tidy
+from analysis.changes.measured import MERGED
+from analysis.changes.tables import NO_STAGE, summarise, survival, tidy
 from analysis.telling.facts import Facts, gather
 from analysis.telling.figures import (
     ablation_map,
@@ -28,9 +29,11 @@ from analysis.telling.figures import (
     whose_change,
 )
 from analysis.telling.page import contents, render
+from analysis.telling.text import rounded
 from analysis.telling.words import label
 from stages.errors import run
 from stages.files import REPORTS, write_json, write_text
+from stages.models.architecture import OUTSIDE
 from stages.project.params import load_params
 
 
@@ -41,71 +44,76 @@ def main() -> None:
 
 def write(facts: Facts) -> None:
     """Write every file of the report."""
-    pictures = draw(facts)
-    for name in ("evaluation", "layers"):
-        write_text(REPORTS / f"{name}.svg", pictures[name])
+    files, pictures = draw_files(facts), draw(facts)
+    for name, picture in files.items():
+        write_text(REPORTS / f"{name}.svg", picture)
     write_json(REPORTS / "layers.json", layer_rows(facts))
     tidy(facts.measured.rows, facts.measured.heads).to_parquet(REPORTS / "deltas.parquet", index=False)
     write_json(REPORTS / "metrics.json", metrics(facts))
-    told = contents(facts, pictures)
-    write_json(REPORTS / "lineage.json", told["log"])
+    content = contents(facts, files | pictures)
+    write_json(REPORTS / "lineage.json", content["log"])
     for template in ("report.md", "report.html"):
-        write_text(REPORTS / template, render(template, told))
+        write_text(REPORTS / template, render(template, content))
 
 
-def draw(facts: Facts) -> dict[str, str]:
-    """All pictures, as SVG by name."""
+def draw_files(facts: Facts) -> dict[str, str]:
+    """The pictures that are files too, and so always there, as SVG by name."""
     measured = facts.measured
-    by_module = summarise(measured.rows[measured.rows["layer"] >= 0], ["stage", "layer", "module"])
-    by_layer = summarise(measured.rows[measured.rows["layer"] >= 0], ["stage", "layer"])
     labels = {name: label(facts, name) for name in facts.matrix}
     titles = [f"{name} · {labels[name]}" for name in measured.names]
+    by_module = summarise(measured.inside, ["stage", "layer", "module"])
     return {
         "evaluation": evaluation_matrix(facts.matrix, labels, facts.settings.skills, facts.changed),
         "layers": heat_maps(by_module, measured.names, titles, measured.modules, measured.layers),
-        "floor": floor_lines(by_layer[by_layer["stage"] == "merged"], measured.layers),
-        "whose": whose_change(layer_shares(facts), list(facts.settings.stages), measured.layers),
-        "cosines": cosine_maps(
-            facts.gram, measured.grams, measured.names, measured.layers, paired=len(measured.names) - 1
-        ),
-        "drift": drift_lines(facts.probe, measured.layers),
-        "behaviour": behaviour_lines(facts.probe, measured.layers),
-        "heads": head_maps(
-            facts.measured.heads[facts.measured.heads["stage"] == "merged"],
-            facts.probe["checkpoints"]["merged"]["attention"]["divergence"],
-        ),
-        "ablation": ablation_map(ablations(facts), facts.settings.skills),
-        "curves": loss_curves({name: curve for name, curve in facts.curves.items() if curve}),
     }
 
 
-def ablations(facts: Facts) -> list[dict[str, Any]]:
-    """What taking layers away did, of every stage that has some."""
-    return [row for name in facts.settings.stages for row in facts.probe["checkpoints"][name]["ablation"]]
+def draw(facts: Facts) -> dict[str, str]:
+    """The other pictures, as SVG by name; one with nothing to show is left out."""
+    measured, probe, skills = facts.measured, facts.probe, facts.settings.skills
+    pictures = {
+        "drift": drift_lines(probe, measured.layers),
+        "behaviour": behaviour_lines(probe, measured.layers),
+    }
+    by_layer = summarise(measured.inside[measured.inside["stage"] == MERGED], ["layer"])
+    if by_layer["relative_change"].notna().any():
+        pictures["floor"] = floor_lines(by_layer, measured.layers)
+    if len(shares := layer_shares(facts)):
+        pictures["whose"] = whose_change(shares, list(facts.settings.stages), measured.layers)
+    if facts.cosines:
+        paired = len(facts.settings.stages)
+        pictures["cosines"] = cosine_maps(facts.gram, measured.grams, measured.names, measured.layers, paired)
+    heads = measured.heads[measured.heads["stage"] == MERGED]
+    divergence = probe["checkpoints"][MERGED]["attention"]["divergence"]
+    if len(heads) or np.any(divergence):
+        pictures["heads"] = head_maps(heads, divergence)
+    if rows := [row for name in facts.settings.stages for row in probe["checkpoints"][name]["ablation"]]:
+        pictures["ablation"] = ablation_map(rows, skills)
+    if curves := {name: curve for name, curve in facts.curves.items() if curve}:
+        pictures["curves"] = loss_curves(curves)
+    return pictures
 
 
 def layer_shares(facts: Facts) -> pd.DataFrame:
-    """`survival` of every layer: columns layer, stage, survival, share."""
+    """`survival` of every layer that the merge changes: columns layer, stage, survival, share; empty without one."""
     parts = [
         survival(gram, facts.measured.names, facts.merged_stages).assign(layer=layer)
         for layer, gram in sorted(facts.measured.grams.items())
-        if layer >= 0 and gram[-1, -1] > 0
+        if layer != OUTSIDE and gram[-1, -1] > 0
     ]
-    empty = pd.DataFrame({"stage": ["unexplained"], "survival": [math.nan], "share": [0.0], "layer": [0]})
-    return pd.concat(parts) if parts else empty
+    return pd.concat(parts) if parts else pd.DataFrame()
 
 
 def layer_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Relative change and floor by checkpoint, layer and module, for `dvc plots`."""
-    rows = facts.measured.rows
-    table = summarise(rows[rows["layer"] >= 0], ["stage", "layer", "module"])
+    """Relative change and floor by checkpoint, layer and module, for `dvc plots`; weights of zero have none."""
+    table = summarise(facts.measured.inside, ["stage", "layer", "module"]).dropna(subset="relative_change")
     return [
         {
             "stage": row.stage,
             "layer": int(row.layer),
             "module": row.module,
-            "relative_change": _rounded(row.relative_change),
-            "floor": _rounded(row.floor),
+            "relative_change": rounded(row.relative_change),
+            "floor": rounded(row.floor),
         }
         for row in table.itertuples()
     ]
@@ -117,20 +125,15 @@ def metrics(facts: Facts) -> dict[str, Any]:
     for name in facts.measured.names:
         row = facts.whole.loc[name]
         numbers = {"relative_change": row.relative_change, "rounding_floor": row.floor}
-        if name == "merged":
-            numbers["unexplained"] = facts.kept.loc["unexplained", "share"]
+        if name == MERGED:
+            numbers["unexplained"] = facts.survivals.loc[NO_STAGE, "share"]
+            numbers["frozen_check"] = facts.frozen["max_abs"].max()
         else:
             own = facts.matrix[name][facts.settings.skills[name]]
-            numbers |= {"survival": facts.kept["survival"].get(name), **own}
+            numbers |= {"survival": facts.survivals["survival"].get(name), **own}
             numbers["retention"] = facts.retention[name]["retention"]
-        result[name] = {
-            key: _rounded(value) for key, value in numbers.items() if value is not None and math.isfinite(value)
-        }
-    return result | {"frozen_check": _rounded(facts.frozen["max_abs"].max())}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+        result[name] = {key: value for key, value in rounded(numbers).items() if value is not None}
+    return result
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ import torch
 
 import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 from analysis.changes.measured import COLUMNS
-from analysis.changes.tables import cosines, summarise
+from analysis.changes.tables import cosine_by_chance, cosines, summarise
 from analysis.changes.tally import Tally, Where
 from analysis.changes.tensors import TensorChange, has_unit_gain
 from analysis.telling.figures import cosine_maps, heat_maps
 from analysis.telling.page import render
-from analysis.telling.text import percent
-from analysis.telling.words import ranges
+from analysis.telling.text import percent, ranges
 from stages.errors import MistakeError
 from stages.files import write_text
 from stages.models.architecture import OUTSIDE
@@ -69,7 +68,7 @@ class Compared:
     @cached_property
     def whole(self) -> pd.DataFrame:
         """Metrics of each model over all tensors in which it differs, by name."""
-        return summarise(self.rows, ["stage"]).set_index("stage").reindex(self.names)
+        return summarise(self.rows, ["stage"]).set_index("stage").reindex(self.names).astype(float)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -85,16 +84,10 @@ def main(first: Path, others: list[Path], output: Path) -> None:
     """Compare the other models with the first and write the page."""
     base, models = open_models([first, *others])
     compared = compare(base, models)
-    told = headline(compared, base.name)
-    page = {
-        "first": base.name,
-        "compared": compared,
-        "headline": told,
-        "pictures": draw(compared),
-        "rows": [{"name": name} | compared.whole.loc[name].to_dict() for name in compared.names],
-    }
+    sentences = headline(compared, base.name)
+    page = {"first": base.name, "compared": compared, "headline": sentences, "pictures": draw(compared)}
     write_text(output, render("compare.html", page))
-    print("\n".join(f"- {sentence}" for sentence in told))
+    print("\n".join(f"- {sentence}" for sentence in sentences))
     print(f"\nThe page is {output}")
 
 
@@ -209,29 +202,31 @@ def _differs(compared: Compared, first: str, name: str) -> str:
     layers = sorted(set(rows["layer"]) - {OUTSIDE})
     where = f"layers {ranges(layers)}" if layers else ""
     outside = "what lies outside the layers" if OUTSIDE in set(rows["layer"]) else ""
-    told = (
+    size = f", by {percent(whole.relative_change)} of their size" if np.isfinite(whole.relative_change) else ""
+    sentence = (
         f"{name} differs from {first} in {len(rows)} of {compared.tensors} tensors, in"
-        f" {' and '.join(filter(None, [where, outside]))}, by {percent(whole.relative_change)} of their size."
+        f" {' and '.join(filter(None, [where, outside]))}{size}."
     )
     if whole.floor_share > ROUNDED:
-        told += f" Rounding alone accounts for {percent(min(whole.floor_share, 1.0))} of that."
-    return told + rest
+        sentence += f" Rounding alone accounts for {percent(min(whole.floor_share, 1.0))} of that."
+    return sentence + rest
 
 
 def _together(compared: Compared) -> Iterator[str]:
     angles = cosines(compared.gram)
     for i, j in zip(*np.triu_indices(len(compared.names), 1), strict=True):
-        if abs(angles[i, j]) > ALIKE:
-            way = "the same way" if angles[i, j] > 0 else "against each other"
-            yield f"{compared.names[i]} and {compared.names[j]} moved {way} (cosine {angles[i, j]:+.2f})."
+        first, second, angle = compared.names[i], compared.names[j], angles[i, j]
+        if abs(angle) > ALIKE and abs(angle) > 2 * cosine_by_chance(compared.rows, first, second):
+            way = "the same way" if angle > 0 else "against each other"
+            yield f"{first} and {second} moved {way} (cosine {angle:+.2f})."
 
 
 def draw(compared: Compared) -> dict[str, str]:
     """The pictures as SVG: where each model differs, and, if there are several, who moved with whom."""
-    inside = compared.rows[compared.rows["layer"] != OUTSIDE]
-    cells = summarise(inside, ["stage", "layer", "module"])
-    names, layers = compared.names, compared.layers
-    pictures = {"layers": heat_maps(cells, names, names, compared.modules, layers)}
-    if len(names) > 1:
+    pictures, names, layers = {}, compared.names, compared.layers
+    cells = summarise(compared.rows[compared.rows["layer"] != OUTSIDE], ["stage", "layer", "module"])
+    if len(compared.rows):
+        pictures["layers"] = heat_maps(cells, names, names, compared.modules, layers)
+    if len(set(compared.rows["stage"])) > 1:
         pictures["cosines"] = cosine_maps(compared.gram, compared.grams, names, layers, paired=len(names))
     return pictures

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import pandas as pd
 import torch
 
 from analysis.changes.heads import measure_heads
-from analysis.changes.measured import COLUMNS, CONFLICT, INTERFERENCE, MERGED, PAIRS, SPECTRUM, Matrix, Measured
-from analysis.changes.spectra import effective_rank, singular_values
-from analysis.changes.subspaces import Directions, Familiar, interference, overlap, strongest
-from analysis.changes.tensors import chunks, distance, inner_products, norm, rounding
+from analysis.changes.measured import COLUMNS, CONFLICT, INTERFERENCE, MERGED, PAIRS, SPECTRUM, Measured
+from analysis.changes.spectra import spectrum
+from analysis.changes.subspaces import BaseDirections, Directions, interference, overlap, strongest
+from analysis.changes.tally import Tally, Where
+from analysis.changes.tensors import TensorChange, chunks, distance, has_unit_gain
 from stages.merging.merged import Merged
 from stages.models.architecture import OUTSIDE
 from stages.weights.adapter import Factors, Tensors
@@ -33,29 +34,36 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         file: what the merge wrote.
     """
     base = exact.base
-    tally = _Tally([*(stage.name for stage in stages), MERGED], set(exact.merge.weights))
+    measuring = _Measuring([*(stage.name for stage in stages), MERGED], set(exact.merge.weights))
     for path, parameters in exact.modules.items():
         adapted = [stage for stage in stages if path in stage.adapter.modules]
         factors = {stage.name: stage.adapter.factors(path) for stage in adapted}
         deltas = {stage.name: _delta(stage, path, factors[stage.name]) for stage in adapted}
-        whole = exact.module(path)
+        merged = exact.module(path)
         for parameter in parameters:
-            found = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
-            own = {stage: delta for stage, delta in found.items() if bool(delta.any())}
-            here, name = base.architecture.place(path), f"{path}.{parameter}"
-            stored = base.stored(name), file.stored(name), whole[parameter]
-            tally.add(_Tensor(*here, parameter, *stored, own, factors))
+            own = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
+            name = f"{path}.{parameter}"
+            tensor = _Tensor(
+                where=Where(*base.architecture.place(path), parameter),
+                unit_gain=has_unit_gain(base.architecture, path, parameter),
+                stored=base.stored(name),
+                exact=merged[parameter],
+                file=file.stored(name),
+                deltas={stage: delta for stage, delta in own.items() if bool(delta.any())},
+                factors=factors,
+            )
+            measuring.add(tensor)
     return Measured(
-        names=tally.names,
-        rows=pd.DataFrame(tally.rows, columns=COLUMNS + SPECTRUM),
-        conflicts=pd.DataFrame(tally.conflicts, columns=["layer", "stages", *CONFLICT, *INTERFERENCE]),
-        pairs=pd.DataFrame(tally.pairs, columns=PAIRS),
+        names=measuring.tally.names,
+        rows=pd.DataFrame(measuring.tally.rows, columns=COLUMNS + SPECTRUM),
+        conflicts=pd.DataFrame(measuring.conflicts, columns=["layer", "stages", *CONFLICT, *INTERFERENCE]),
+        pairs=pd.DataFrame(measuring.pairs, columns=PAIRS),
         heads=measure_heads(stages, exact, file),
-        grams=tally.grams,
+        grams=measuring.tally.grams,
         modules=base.architecture.kinds,
         layers=base.architecture.layers,
-        untouched=len(tally.untouched),
-        untouched_max=max(tally.untouched, default=0.0),
+        untouched=len(measuring.untouched),
+        untouched_max=max(measuring.untouched, default=0.0),
     )
 
 
@@ -66,79 +74,94 @@ def _delta(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tens
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor: as base and merged file store it, of the exact merge, and its deltas and their factors by stage."""
+    """One tensor, and what the checkpoints make of it.
 
-    layer: int
-    module: str
-    parameter: str
+    Attributes:
+        where: its layer, module and parameter.
+        unit_gain: whether it is the weight of a norm that multiplies by 1 + weight.
+        stored: as the base's file has it.
+        exact: of the merge, in float32.
+        file: as the merged file has it.
+        deltas: of the stages that change it, float32.
+        factors: low-rank factors of the deltas, None where one has none.
+    """
+
+    where: Where
+    unit_gain: bool
     stored: torch.Tensor
-    file: torch.Tensor
     exact: torch.Tensor
-    own: dict[str, torch.Tensor]
+    file: torch.Tensor
+    deltas: dict[str, torch.Tensor]
     factors: dict[str, Factors | None]
 
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """The base's, in float32."""
+        return self.stored.float()
 
-class _Tally:
-    """What `measure` has seen so far."""
+    def change(self, name: str, delta: torch.Tensor) -> TensorChange:
+        """What a checkpoint of that name changes: a stage, as if it were stored by itself, or the merged file."""
+        exact = self.exact if name == MERGED else self.weight + delta
+        file = self.file if name == MERGED else exact.to(self.file.dtype)
+        return TensorChange(self.weight, delta, exact, file, self.unit_gain)
 
-    def __init__(self, names: list[str], listed: set[str]) -> None:
-        self.names, self.listed = names, listed
-        self.rows: list[dict[str, object]] = []
+
+class _Measuring:
+    """What `measure` has gone through so far.
+
+    Args:
+        names: of the checkpoints.
+        merged: names of the stages that are merged.
+    """
+
+    def __init__(self, names: list[str], merged: set[str]) -> None:
+        self.tally, self.merged = Tally(names), merged
         self.conflicts: list[dict[str, object]] = []
         self.pairs: list[tuple[object, ...]] = []
-        self.grams: dict[int, Matrix] = {}
         self.untouched: list[float] = []
 
     def add(self, tensor: _Tensor) -> None:
         """Take in one tensor."""
-        meeting = [stage for stage in tensor.own if stage in self.listed]
-        if not meeting:
+        merged = [stage for stage in tensor.deltas if stage in self.merged]
+        if not merged:
             self.untouched.append(distance(tensor.file, tensor.stored.to(tensor.file.dtype)))
-        if not tensor.own:
+        if not tensor.deltas:
             return
-        weight = tensor.stored.float()
-        deltas = {**tensor.own, **({MERGED: tensor.file.float() - weight} if meeting else {})}
-        used: dict[str, Directions] = {}
-        if weight.dim() == 2:
-            used = {stage: strongest(delta, tensor.factors.get(stage)) for stage, delta in tensor.own.items()}
-        self._compare(tensor, weight, deltas, used)
-        self._relate(tensor, meeting, used)
+        directions: dict[str, Directions] = {}
+        if tensor.stored.dim() == 2:
+            directions = {stage: strongest(d, tensor.factors.get(stage)) for stage, d in tensor.deltas.items()}
+        self._compare(tensor, directions, with_merged=bool(merged))
+        self._relate(tensor, merged, directions)
 
-    def _compare(
-        self, tensor: _Tensor, weight: torch.Tensor, deltas: dict[str, torch.Tensor], used: dict[str, Directions]
-    ) -> None:
-        """Rows of all deltas, and their inner products."""
-        here = [self.names.index(stage) for stage in deltas]
-        gram = inner_products(list(deltas.values()))
-        self.grams.setdefault(tensor.layer, np.zeros((len(self.names), len(self.names))))[np.ix_(here, here)] += gram
-        size = norm(weight)
-        added = {stage: found.left for stage, found in used.items()}
-        if used:
-            added[MERGED] = torch.cat(list(added.values()), 1)
-        familiar = Familiar(weight) if used and tensor.layer != OUTSIDE else None
-        for (stage, delta), square in zip(deltas.items(), np.diag(gram), strict=True):
-            changed = tensor.exact if stage == MERGED else weight + delta
-            file = tensor.file if stage == MERGED else changed.to(tensor.file.dtype)
-            row = {"stage": stage, "layer": tensor.layer, "module": tensor.module, "parameter": tensor.parameter}
-            row |= {"entries": weight.numel(), "weight": size, "delta": square**0.5}
-            row |= rounding(weight, changed, file)
-            row["max_abs"] = max(float(part.abs().max()) for (part,) in chunks(delta))
-            if stage in used:
-                row |= _spectrum(delta, tensor.factors.get(stage))
-            if familiar:
-                row["intruders"] = familiar.intruders(changed, added[stage])
-            self.rows.append(row)
+    def _compare(self, tensor: _Tensor, directions: dict[str, Directions], with_merged: bool) -> None:
+        """Rows of all changes, and their inner products."""
+        deltas = dict(tensor.deltas)
+        if with_merged:
+            deltas[MERGED] = tensor.file.float() - tensor.weight
+        self.tally.add_products(tensor.where.layer, deltas)
+        written = {stage: each.left for stage, each in directions.items()}
+        if directions:
+            written[MERGED] = torch.cat(list(written.values()), 1)
+        base = BaseDirections(tensor.weight) if directions and tensor.where.layer != OUTSIDE else None
+        for name, delta in deltas.items():
+            change = tensor.change(name, delta)
+            row = self.tally.add_row(name, tensor.where, change)
+            if name in directions:
+                row |= spectrum(delta, tensor.factors.get(name))
+            if base:
+                row["intruders"] = base.intruders(change.exact, written[name])
 
-    def _relate(self, tensor: _Tensor, meeting: list[str], used: dict[str, Directions]) -> None:
+    def _relate(self, tensor: _Tensor, merged: list[str], directions: dict[str, Directions]) -> None:
         """Overlaps of every two stages, and the conflict of those that meet in the merge."""
-        for (first, one), (second, other) in itertools.combinations(used.items(), 2):
+        for (first, one), (second, other) in itertools.combinations(directions.items(), 2):
             overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
-            self.pairs.append((tensor.layer, tensor.module, first, second, *overlaps))
-        if len(meeting) > 1:
-            found = sign_conflict([tensor.own[stage] for stage in meeting])
-            if used:
-                found |= dict(zip(INTERFERENCE, interference([used[stage] for stage in meeting]), strict=True))
-            self.conflicts.append({"layer": tensor.layer, "stages": ", ".join(meeting), **found})
+            self.pairs.append((tensor.where.layer, tensor.where.module, first, second, *overlaps))
+        if len(merged) > 1:
+            conflict = sign_conflict([tensor.deltas[stage] for stage in merged])
+            if directions:
+                values = interference([directions[stage] for stage in merged])
+                conflict |= dict(zip(INTERFERENCE, values, strict=True))
+            self.conflicts.append({"layer": tensor.where.layer, "stages": ", ".join(merged), **conflict})
 
 
 def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
@@ -153,8 +176,8 @@ def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
     """
     sizes, summed = torch.zeros(len(deltas), dtype=torch.float64), 0.0
     entries = agreeing = 0
-    for parts in chunks(*deltas):
-        stacked = torch.stack(parts)
+    for pieces in chunks(*deltas):
+        stacked = torch.stack(pieces)
         entries += int(torch.count_nonzero((stacked != 0).all(0)))
         agreeing += int(torch.count_nonzero(stacked.sign().sum(0).abs() == len(deltas)))
         sizes += stacked.abs().sum(1)
@@ -165,14 +188,4 @@ def sign_conflict(deltas: list[torch.Tensor]) -> dict[str, float]:
         "size": float(sizes.sum()),
         "summed": summed,
         "summed_by_chance": float(sizes.square().sum().sqrt()),
-    }
-
-
-def _spectrum(delta: torch.Tensor, factors: Factors | None) -> dict[str, float]:
-    values = singular_values(delta, factors)
-    return {
-        "spectral_norm": float(values[0]),
-        "stable_rank": float(values.square().sum() / values[0].square()),
-        "effective_rank": effective_rank(values),
-        "directions": len(values),
     }

@@ -7,7 +7,7 @@ and K, so that QK is the circuit of a token and itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -49,7 +49,7 @@ def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoi
                 parent = before[name]
                 old = _circuits(parent, paths, base.architecture)
             new = _circuits(after[name], paths, base.architecture)
-            (looks, turned), (copies, _) = (_change(*pair) for pair in zip(old, new, strict=True))
+            (looks, turned), (copies, _) = (circuit_change(*pair) for pair in zip(old, new, strict=True))
             changes = torch.stack([turned if "q_norm" in paths else looks, copies], 1).tolist()
             rows += [(name, layer, head, *change) for head, change in enumerate(changes)]
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -57,11 +57,11 @@ def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoi
 
 def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
     """Paths of the modules in each layer with attention, by the last part of their names."""
-    found: dict[int, dict[str, str]] = {}
+    layers: dict[int, dict[str, str]] = {}
     for path in base.modules:
         layer, kind = base.architecture.place(path)
-        found.setdefault(layer, {})[kind.rpartition(".")[2]] = path
-    return {layer: paths for layer, paths in found.items() if paths.keys() >= set(PARTS)}
+        layers.setdefault(layer, {})[kind.rpartition(".")[2]] = path
+    return {layer: paths for layer, paths in layers.items() if paths.keys() >= set(PARTS)}
 
 
 def _circuits(model: Weights, paths: dict[str, str], architecture: Architecture) -> tuple[Circuit, Circuit]:
@@ -72,24 +72,39 @@ def _circuits(model: Weights, paths: dict[str, str], architecture: Architecture)
     return (q, k), (o, v)
 
 
-def _change(before: Circuit, after: Circuit) -> tuple[Tensor, Tensor]:
-    """‖D‖/‖M‖, D = M'−M, and √(1−cos²) of M and M', by head.
+def circuit_change(before: Circuit, after: Circuit) -> tuple[Tensor, Tensor]:
+    """‖D‖/‖M‖, D = M'−M, and √(1−cos²) of M and M', by head; float64 [heads].
 
-    From Gram matrices [d, d] of the factors and of their changes, D = δLᵀR' + LᵀδR: a difference of the norms of M and
-    M' would lose all digits of a small change.
+    From Gram matrices of the factors and of their changes, D = δLᵀR' + LᵀδR: a difference of the norms of M and M'
+    would lose all digits of a small change.
     """
-    (a, b, c), (e, f, g) = (_grams(old, new) for old, new in zip(before, after, strict=True))
-    shared = len(a) // len(e)  # query heads to one of keys and values
-    e, f, g = (each.repeat_interleave(shared, 0) for each in (e, f, g))
-    size = (a * e).sum((1, 2))
-    along = (b * (e + f)).sum((1, 2)) + (a * f).sum((1, 2))  # ⟨M, D⟩
-    moved = (c * (e + f + f.mT + g) + 2 * b.mT * (f + g) + a * g).sum((1, 2))  # ‖D‖²
+    left, right = (_grams(old, new) for old, new in zip(before, after, strict=True))
+    right = _Grams(*(each.repeat_interleave(len(left.old) // len(right.old), 0) for each in right))
+    new_right = right.old + right.mixed + right.mixed.mT + right.change  # R'R'ᵀ
+    size = (left.old * right.old).sum((1, 2))  # ‖M‖²
+    along = (left.mixed * (right.old + right.mixed)).sum((1, 2)) + (left.old * right.mixed).sum((1, 2))  # ⟨M, D⟩
+    both = 2 * left.mixed.mT * (right.mixed + right.change)
+    moved = (left.change * new_right + both + left.old * right.change).sum((1, 2))  # ‖D‖²
     turned = (size * moved - along.square()) / (size * (size + 2 * along + moved))
     return (moved.clamp(min=0) / size).sqrt(), turned.clamp(min=0).sqrt()
 
 
-def _grams(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """XXᵀ, XδXᵀ and δXδXᵀ of one factor X [heads, d, width] and its change δX; float64 [heads, d, d]."""
+class _Grams(NamedTuple):
+    """Inner products of the rows of one factor X and of its change δX; float64 [heads, d, d].
+
+    Attributes:
+        old: XXᵀ.
+        mixed: XδXᵀ.
+        change: δXδXᵀ.
+    """
+
+    old: Tensor
+    mixed: Tensor
+    change: Tensor
+
+
+def _grams(before: Tensor, after: Tensor) -> _Grams:
+    """Those of one factor [heads, d, width] before and after."""
     change = after - before
-    x, y = before.mT, change.mT
-    return (before @ x).double(), (before @ y).double(), (change @ y).double()
+    products = before @ before.mT, before @ change.mT, change @ change.mT
+    return _Grams(*(product.double() for product in products))

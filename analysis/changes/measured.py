@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.changes.metrics import PARTS
 from stages.files import read_json, write_json
+from stages.models.architecture import OUTSIDE
 
 MERGED = "merged"  # the merged model's name among the stages'
 STRONGEST = 16  # directions of a delta that are compared
 TESTED = 10  # strongest directions of W + Δ that are tested for being new (arXiv 2410.21228)
 
-COLUMNS = ["stage", "layer", "module", "parameter", "entries", "weight", "delta", "error", "unchanged", "max_abs"]
+KEYS = ["stage", "layer", "module", "parameter"]  # what names a tensor of a checkpoint
+COLUMNS = [*KEYS, *(part.name for part in PARTS)]
 SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions", "intruders"]
 CONFLICT = ["entries", "disagreeing", "size", "summed", "summed_by_chance"]
 INTERFERENCE = ["interference", "interference_by_chance"]
@@ -30,11 +33,10 @@ class Measured:
 
     Attributes:
         names: the stages in the order of params.yaml, then `merged`.
-        rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, entries, the
-            Frobenius norms `weight` ‖W‖, `delta` ‖Δ‖ and `error` ‖round(W+Δ)−(W+Δ)‖, `unchanged` (entries
-            whose bits the file's dtype leaves as they were) and `max_abs` max|Δ|; for the matrices of stages also
-            `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`, and of how many `directions` at most; for
-            matrices of layers, the merge's too, how many `intruders` the changed weights have.
+        rows: one per checkpoint and tensor that it changes: stage, layer, module, parameter, and the parts of
+            METRICS; for the matrices of stages also `spectral_norm` σ₁, `stable_rank` ‖Δ‖²/σ₁², `effective_rank`,
+            and of how many `directions` at most; for matrices of layers, the merge's too, how many `intruders` the
+            changed weights have.
         conflicts: one row per tensor that several merged stages change: layer, stages (their names), what
             `sign_conflict` returns, and of matrices what `interference` does.
         pairs: one row per matrix and two stages that change it: layer, module, their names, and how far the subspaces
@@ -57,6 +59,11 @@ class Measured:
     layers: int
     untouched: int
     untouched_max: float
+
+    @property
+    def inside(self) -> pd.DataFrame:
+        """The rows of tensors that lie in a layer."""
+        return self.rows[self.rows["layer"] != OUTSIDE]
 
     def write(self, folder: Path) -> None:
         """Write tables as parquet, and the rest as JSON; the same bytes for the same content."""

@@ -32,3 +32,19 @@ def effective_rank(values: torch.Tensor) -> float:
     """
     energy = values.square() / values.square().sum()
     return float(torch.exp(-torch.xlogy(energy, energy).sum()))
+
+
+def spectrum(delta: torch.Tensor, factors: Factors | None = None) -> dict[str, float]:
+    """How strong a weight delta is and how many directions it uses: the columns SPECTRUM of `Measured.rows`.
+
+    Args:
+        delta: [out, in], not zero.
+        factors: as in `singular_values`.
+    """
+    values = singular_values(delta, factors)
+    return {
+        "spectral_norm": float(values[0]),
+        "stable_rank": float(values.square().sum() / values[0].square()),
+        "effective_rank": effective_rank(values),
+        "directions": len(values),
+    }

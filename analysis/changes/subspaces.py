@@ -88,7 +88,7 @@ def _cross(sides: list[Tensor]) -> Tensor:
     return together.T @ together - torch.eye(together.shape[1], dtype=together.dtype)
 
 
-class Familiar:
+class BaseDirections:
     """The directions that a weight matrix wrote before it was changed.
 
     Args:
@@ -171,5 +171,5 @@ def largest_share(matrix: Tensor, vectors: Tensor) -> Tensor:
         basis.append(grown / beside[-1].clamp(min=torch.finfo(torch.float32).tiny)[:, None])
     above = torch.stack(beside[:-1], 1).diag_embed(1)
     nodes, directions = torch.linalg.eigh((torch.stack(diagonal, 1).diag_embed() + above + above.mT).double())
-    seen = nodes > FAINT**2 * nodes.amax(1, keepdim=True)
-    return (directions[:, 0].square() * seen).amax(1)
+    strong = nodes > FAINT**2 * nodes.amax(1, keepdim=True)
+    return (directions[:, 0].square() * strong).amax(1)

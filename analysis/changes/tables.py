@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.changes.measured import MERGED, SPECTRUM, Matrix, Measured
+from analysis.changes.measured import KEYS, MERGED, SPECTRUM, Matrix, Measured
+from analysis.changes.metrics import METRICS, PARTS
+
+NO_STAGE = "(no stage)"  # whose change the rest is; no stage can be called so
 
 
 def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -16,22 +19,13 @@ def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         by: columns that name a group, such as `["stage", "layer"]`.
 
     Returns:
-        One row per group with relative_change ‖Δ‖/‖W‖, floor (what rounding to the file's dtype alters,
-        over ‖W‖), floor_share (the same over ‖Δ‖), unchanged (share of entries whose bits stay as they
-        were) and max_abs max|Δ|.
+        One row per group, with the columns of `by` and those of METRICS.
     """
-    squares = rows.assign(**{name: rows[name].astype(float) ** 2 for name in ("weight", "delta", "error")})
-    totals = squares.groupby(by, sort=False)[["weight", "delta", "error", "entries", "unchanged"]].sum()
-    weight, delta, error = (totals[name] ** 0.5 for name in ("weight", "delta", "error"))
-    return pd.DataFrame(
-        {
-            "relative_change": delta / weight,
-            "floor": error / weight,
-            "floor_share": error / delta,
-            "unchanged": totals["unchanged"] / totals["entries"],
-            "max_abs": rows.groupby(by, sort=False)["max_abs"].max(),
-        }
-    ).reset_index()
+    numbers = rows.astype({part.name: float for part in PARTS})  # a table without rows does not know its types
+    groups = numbers.groupby(by, sort=False)
+    totals = {part: groups[part.name].agg(part.over) for part in PARTS}
+    values = {metric.name: metric.value(*(totals[part] for part in metric.parts)) for metric in METRICS}
+    return pd.DataFrame(values).reset_index()
 
 
 def tidy(rows: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
@@ -41,26 +35,25 @@ def tidy(rows: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
         rows: of `Measured`.
         heads: from `analysis.changes.heads`; a head is the parameter `head 3` of the module `attention`.
     """
-    keys = ["stage", "layer", "module", "parameter"]
-    table = summarise(rows, keys)
+    table = summarise(rows, KEYS)
     named = heads.assign(module="attention", parameter="head " + heads["head"].astype(str))
     long = pd.concat(
         [
-            table.melt(keys, ["relative_change", "unchanged", "max_abs"], "metric", "value"),
-            rows.melt(keys, SPECTRUM, "metric", "value").dropna(),
-            named.melt(keys, ["qk", "ov"], "metric", "value"),
+            table.melt(KEYS, [metric.name for metric in METRICS], "metric", "value").dropna(),
+            rows.melt(KEYS, SPECTRUM, "metric", "value").dropna(),
+            named.melt(KEYS, ["qk", "ov"], "metric", "value"),
         ],
         ignore_index=True,
     )
-    floors = table[keys].assign(metric="relative_change", floor=table["floor"])
-    return long.merge(floors, "left", [*keys, "metric"])
+    floors = table[KEYS].assign(metric="relative_change", floor=table["floor"])
+    return long.merge(floors, "left", [*KEYS, "metric"])
 
 
 def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.DataFrame:
     """How much of each merged stage's delta is in the merged delta, and whose change that one is.
 
     The merged delta is written as Σ cᵢΔᵢ + rest by least squares, c = G⁻¹⟨Δᵢ,Δ_M⟩. A survival of 1 is the whole
-    delta. The shares cᵢ⟨Δᵢ,Δ_M⟩/‖Δ_M‖² and the share of the rest, called `unexplained`, sum to 1.
+    delta. The shares cᵢ⟨Δᵢ,Δ_M⟩/‖Δ_M‖² and the share of the rest, which is NO_STAGE's, sum to 1.
 
     Args:
         gram: inner products, of a layer or summed over layers.
@@ -68,24 +61,24 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
         merged_stages: those that the merge put in.
 
     Returns:
-        Columns stage, survival and share; only stages that change something here, then `unexplained`.
+        Columns stage, survival and share; only stages that change something here, then NO_STAGE.
     """
     present = [i for i, name in enumerate(names) if name in merged_stages and gram[i, i] > 0]
     onto, total = gram[present, -1], gram[-1, -1]
     # Stages of one direction have no unique answer; the pseudo-inverse shares it among them.
-    kept = np.linalg.pinv(gram[np.ix_(present, present)], hermitian=True) @ onto
-    shares = kept * onto / total if total else np.zeros(len(present))
+    coefficients = np.linalg.pinv(gram[np.ix_(present, present)], hermitian=True) @ onto
+    shares = coefficients * onto / total if total else np.zeros(len(present))
     rest = max(0.0, 1 - float(shares.sum())) if total else 0.0
     return pd.DataFrame(
         {
-            "stage": [*(names[i] for i in present), "unexplained"],
-            "survival": [*kept, np.nan],
+            "stage": [*(names[i] for i in present), NO_STAGE],
+            "survival": [*coefficients, np.nan],
             "share": [*shares, rest],
         }
     )
 
 
-def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataFrame:
+def frozen_check(measured: Measured, declared: dict[str, list[int]], has_file: bool) -> pd.DataFrame:
     """Whether anything changed that should not have.
 
     A stage's weights are its parent's plus its adapter, so outside the modules that the adapter names its
@@ -94,7 +87,8 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
 
     Args:
         measured: from `measure`.
-        declared: by stage, the layers that its stage.json tells.
+        declared: by stage, the layers that it may change; an imported adapter declares none and is not checked.
+        has_file: whether the merge wrote a model.
 
     Returns:
         Columns checkpoint, checked (what was compared, in words) and max_abs (which must be 0).
@@ -105,8 +99,9 @@ def frozen_check(measured: Measured, declared: dict[str, list[int]]) -> pd.DataF
         outside = rows[~rows["layer"].isin(layers)]
         text = "changes of the adapter outside the layers that the stage declares"
         checks.append((stage, text, float(outside["max_abs"].max()) if len(outside) else 0.0))
-    text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
-    checks.append((MERGED, text, measured.untouched_max))
+    if has_file and measured.untouched:
+        text = f"stored values of the {measured.untouched} tensors that no merged stage changes, against the base's"
+        checks.append((MERGED, text, measured.untouched_max))
     return pd.DataFrame(checks, columns=["checkpoint", "checked", "max_abs"])
 
 
@@ -115,3 +110,19 @@ def cosines(gram: Matrix) -> Matrix:
     norms = np.sqrt(np.diag(gram))
     with np.errstate(invalid="ignore", divide="ignore"):
         return gram / np.outer(norms, norms)
+
+
+def cosine_by_chance(rows: pd.DataFrame, first: str, second: str) -> float:
+    """Standard deviation of the cosine of two unrelated changes that are as large, tensor by tensor, as these two.
+
+    In a tensor of n entries unrelated changes have an inner product of variance ‖Δᵢ‖²‖Δⱼ‖²/n.
+
+    Args:
+        rows: of `Measured`.
+        first: a checkpoint that changes something.
+        second: another one.
+    """
+    one, other = (rows[rows["stage"] == name] for name in (first, second))
+    both = one.merge(other, on=KEYS[1:], suffixes=("", "_other"))
+    variance = (both["delta_squared"] * both["delta_squared_other"] / both["entries"]).sum()
+    return float((variance / (one["delta_squared"].sum() * other["delta_squared"].sum())) ** 0.5)

@@ -1,52 +1,81 @@
-"""Norms, inner products and rounding of tensors, a chunk at a time."""
+"""Changes of tensors: their rounding, their inner products, a piece at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from analysis.changes.measured import Matrix
+from stages.models.architecture import Architecture
 
 CHUNK = 1 << 18  # entries that are looked at together: few enough to stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """What a checkpoint changes in one tensor; all tensors are of one shape.
+
+    Attributes:
+        weight: before the change, float32.
+        delta: the change, float32.
+        exact: after the change, float32.
+        file: the same as it is stored, in the file's dtype.
+        unit_gain: whether it is the weight of a norm that multiplies by 1 + weight.
+    """
+
+    weight: torch.Tensor
+    delta: torch.Tensor
+    exact: torch.Tensor
+    file: torch.Tensor
+    unit_gain: bool = False
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """What the model multiplies by, whose size a change is compared with."""
+        return self.weight + 1 if self.unit_gain else self.weight
+
+    @property
+    def error(self) -> torch.Tensor:
+        """What the file's dtype alters, float32."""
+        return self.file.float() - self.exact
+
+    @property
+    def is_moved(self) -> torch.Tensor:
+        """Which entries the change moves."""
+        return self.exact != self.weight
+
+    @property
+    def is_stored_as_before(self) -> torch.Tensor:
+        """Which entries the file stores as it would without the change."""
+        return self.file == self.weight.to(self.file.dtype)
+
+    def pieces(self) -> Iterator[TensorChange]:
+        """The same of CHUNK entries after another."""
+        for weight, delta, exact, file in chunks(self.weight, self.delta, self.exact, self.file):
+            yield dataclasses.replace(self, weight=weight, delta=delta, exact=exact, file=file)
+
+
+def has_unit_gain(architecture: Architecture, path: str, parameter: str) -> bool:
+    """Whether a parameter is the weight of a norm that multiplies by 1 + weight."""
+    module = architecture.modules.get(path)
+    return parameter == "weight" and module is not None and module.unit_gain
 
 
 def inner_products(deltas: list[torch.Tensor]) -> Matrix:
     """⟨Δᵢ,Δⱼ⟩ of all pairs, float64 [deltas, deltas]; only a chunk of the deltas is float64 at one time."""
     total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for parts in chunks(*deltas):
-        rows = torch.stack(parts).double()
+    for pieces in chunks(*deltas):
+        rows = torch.stack(pieces).double()
         total += rows @ rows.T
     return total.numpy()
-
-
-def rounding(weight: torch.Tensor, changed: torch.Tensor, file: torch.Tensor) -> dict[str, float]:
-    """What the file's dtype loses of changed weights.
-
-    Args:
-        weight: before the change, float32.
-        changed: the exact ones, float32.
-        file: the same as they are stored.
-
-    Returns:
-        error: ‖file − changed‖, and how many entries are `unchanged`, stored as they would be without the change.
-    """
-    error, unchanged = 0.0, 0
-    for before, exact, kept in chunks(weight, changed, file):
-        error += float((kept.float() - exact).square().sum())
-        unchanged += int(torch.count_nonzero(kept == before.to(kept.dtype)))
-    return {"error": error**0.5, "unchanged": unchanged}
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """The largest difference of two tensors of one shape, 0 where they are equal to the bit."""
     return 0.0 if torch.equal(first, second) else float((first.double() - second.double()).abs().max())
-
-
-def norm(values: torch.Tensor) -> float:
-    """Frobenius norm, summed in float64."""
-    # float32 would lose digits over millions of entries
-    return sum(float(part.double().square().sum()) for (part,) in chunks(values)) ** 0.5
 
 
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -22,7 +22,7 @@ Layered = torch.Tensor  # float32 [layers]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Activations:
     """What a model made of one text.
 
     Attributes:
@@ -42,7 +42,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) -> list[Seen]:
+def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) -> list[Activations]:
     """Run a model with eager attention on texts, all at once: what is filled in stands after them, where none looks.
 
     The logit lens looks at the layers from `first` on.
@@ -55,7 +55,7 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) ->
     incoming = hidden[:-1].norm(dim=-1)
     written = {name: torch.stack(each).cpu() / incoming for name, each in sizes.items()}  # [layers, texts, tokens]
     return [
-        Seen(
+        Activations(
             hidden[:, row, :end],
             attention[:, row, :, :end, :end],
             {name: values[:, row, :end] for name, values in written.items()},
@@ -86,13 +86,13 @@ def _sizes_of_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.T
             hook.remove()
 
 
-def drift(before: Seen, after: Seen) -> Layered:
+def drift(before: Activations, after: Activations) -> Layered:
     """Median over tokens of ‖h'−h‖/‖h‖ after each layer, without the first token: its norm is 100 times the others'."""
     old, new = before.hidden[1:, 1:], after.hidden[1:, 1:]
     return ((new - old).norm(dim=-1) / old.norm(dim=-1)).median(dim=1).values
 
 
-def lens_divergence(before: Seen, after: Seen) -> Layered:
+def lens_divergence(before: Activations, after: Activations) -> Layered:
     """KL(base ‖ model) in nats of the next token, if a layer were the last: for all that `after` has a lens of."""
     log_p, log_q = before.lens[-len(after.lens) :], after.lens
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).cpu()
@@ -101,8 +101,8 @@ def lens_divergence(before: Seen, after: Seen) -> Layered:
 def _lens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """What the output layer makes of hidden states [lens layers, tokens, width], of which the last are normalised."""
     tokens, head = hidden.shape[1], cast(nn.Linear, model.get_output_embeddings())
-    places = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
-    hidden = hidden[:, places].to(head.weight)
+    positions = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
+    hidden = hidden[:, positions].to(head.weight)
     normed = torch.cat([final_norm(model)(hidden[:-1]), hidden[-1:]])
     return head(normed).float().log_softmax(-1)
 
@@ -113,26 +113,26 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return next(m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
 
 
-def attention_of(seen: list[Seen]) -> dict[str, Any]:
+def attention_of(texts: list[Activations]) -> dict[str, Any]:
     """Sink mass (share of attention that goes to the first token) and entropy in bits, by layer and head.
 
     `sets_in` is the first layer whose sink mass, a mean over its heads, is above SINK; None if there is none.
     """
-    sink = torch.stack([each.attention[:, :, 1:, 0].mean(2) for each in seen]).mean(0)
-    entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean(2) for each in seen]).mean(0)
+    sink = torch.stack([each.attention[:, :, 1:, 0].mean(2) for each in texts]).mean(0)
+    entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean(2) for each in texts]).mean(0)
     above = (sink.mean(1) > SINK).nonzero()
     return {"sink": sink.tolist(), "entropy": entropy.tolist(), "sets_in": int(above[0]) if len(above) else None}
 
 
-def written(seen: list[Seen]) -> dict[str, list[float]]:
+def written(texts: list[Activations]) -> dict[str, list[float]]:
     """What each part of each layer adds to the hidden states, over their size: medians over tokens but the first."""
-    parts = {
-        name: torch.stack([each.written[name][:, 1:].median(1).values for each in seen]) for name in seen[0].written
+    medians = {
+        name: torch.stack([each.written[name][:, 1:].median(1).values for each in texts]) for name in texts[0].written
     }
-    return {name: values.mean(0).tolist() for name, values in parts.items()}
+    return {name: values.mean(0).tolist() for name, values in medians.items()}
 
 
-def attention_divergence(before: Seen, after: Seen) -> torch.Tensor:
+def attention_divergence(before: Activations, after: Activations) -> torch.Tensor:
     """Jensen-Shannon divergence in bits of where the tokens look, float32 [layers, heads]."""
     p, q = before.attention[:, :, 1:], after.attention[:, :, 1:]
     middle = (p + q) / 2

@@ -1,7 +1,8 @@
-"""Everything that the report tells, gathered from what the pipeline left and from the weights."""
+"""Everything that the report tells, gathered from what the other stages of the pipeline left."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.changes.measured import MERGED, Measured
-from analysis.changes.tables import frozen_check, summarise, survival
+from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, summarise, survival
 from analysis.telling.skills import Cell, Change, changes
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
@@ -27,11 +28,12 @@ class Facts:
         records: stage.json of the base and of every stage, and the checkpoint's size in bytes.
         matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
         retention: of the same file, by stage.
-        questions: number of evaluation records by dataset.
+        questions: number of evaluation records with an answer to compare with, by dataset.
         curves: loss curve of every stage.
         spent: steps, tokens and the like, of reports/train, by stage.
         probe: what the running models do, from `gather_probe`.
-        declared: layers that each stage may change; -1 is what lies outside of them, such as the embedding.
+        declared: layers that each stage may change, OUTSIDE for what lies in none, such as the embedding; an imported
+            adapter declares none.
     """
 
     settings: Params
@@ -64,17 +66,42 @@ class Facts:
     @cached_property
     def whole(self) -> pd.DataFrame:
         """Metrics of each checkpoint over all that it changes, by name; one that changes nothing has none."""
-        return summarise(self.measured.rows, ["stage"]).set_index("stage").reindex(self.measured.names)
+        table = summarise(self.measured.rows, ["stage"]).set_index("stage")
+        return table.reindex(self.measured.names).astype(float)
 
     @cached_property
-    def kept(self) -> pd.DataFrame:
-        """Survival and share of each merged stage over the whole model, by name; the last row is `unexplained`."""
+    def survivals(self) -> pd.DataFrame:
+        """Survival and share of each merged stage over the whole model, by name; the last row is NO_STAGE."""
         return survival(self.gram, self.measured.names, self.merged_stages).set_index("stage")
 
     @cached_property
+    def changing(self) -> list[str]:
+        """Stages that change something, in the order of params.yaml."""
+        return [name for name in self.settings.stages if np.isfinite(self.whole.loc[name, "max_abs"])]
+
+    @cached_property
+    def cosines(self) -> dict[tuple[str, str], float]:
+        """Cosine of every two stages that change something."""
+        angles, names = cosines(self.gram), self.measured.names
+        pairs = itertools.combinations(self.changing, 2)
+        return {(one, other): float(angles[names.index(one), names.index(other)]) for one, other in pairs}
+
+    @cached_property
+    def conflicts(self) -> dict[tuple[str, str], float]:
+        """Those of them that point in opposite directions, by more than `warn.cosine` and than chance explains."""
+        rows, limit = self.measured.rows, self.settings.warn.cosine
+        opposed = {pair: angle for pair, angle in self.cosines.items() if angle < limit}
+        return {pair: angle for pair, angle in opposed.items() if angle < -2 * cosine_by_chance(rows, *pair)}
+
+    @cached_property
+    def has_file(self) -> bool:
+        """Whether the merge wrote a model; an adapter or a delta rounds nothing, and holds only what changed."""
+        return "model" in self.settings.merge.outputs
+
+    @cached_property
     def frozen(self) -> pd.DataFrame:
-        """The frozen check of every stage and of the merged file."""
-        return frozen_check(self.measured, self.declared)
+        """The frozen check of every stage that declares its layers, and of the merged file."""
+        return frozen_check(self.measured, self.declared, self.has_file)
 
 
 def gather(params: Params) -> Facts:
@@ -82,28 +109,34 @@ def gather(params: Params) -> Facts:
     evaluation = read_json(REPORTS / "evaluation.json")
     records = read_json(PICKED / "checkpoints.json")
     architecture = Architecture.of(BASE)
+    trained = [name for name, stage in params.stages.items() if stage.method != "import"]
     return Facts(
         settings=params,
         measured=Measured.read(REPORTS / "measured"),
         records=records,
         matrix=evaluation["matrix"],
         retention=evaluation["retention"],
-        questions={name: read_json(REPORTS / "data" / f"{name}.json")[name]["eval"] for name in params.datasets},
+        questions={name: _questions(name) for name in params.datasets},
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
         spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
         probe=gather_probe(params),
-        declared={name: [*records[name]["layers"], *_outside(architecture, params, name)] for name in params.stages},
+        declared={name: [*records[name]["layers"], *_outside(architecture, params, name)] for name in trained},
     )
 
 
 def gather_probe(params: Params) -> dict[str, Any]:
     """The base's probe, and below `checkpoints` those of the stages, in order, and of the merged model."""
-    found = {name: read_json(REPORTS / "probe" / f"{name}.json") for name in [*params.stages, MERGED]}
-    return read_json(REPORTS / "probe" / "base.json") | {"checkpoints": found}
+    checkpoints = {name: read_json(REPORTS / "probe" / f"{name}.json") for name in [*params.stages, MERGED]}
+    return read_json(REPORTS / "probe" / "base.json") | {"checkpoints": checkpoints}
+
+
+def _questions(dataset: str) -> int:
+    """Evaluation records with an answer; all of them, where the counts are from before these were counted apart."""
+    counts = read_json(REPORTS / "data" / f"{dataset}.json")[dataset]
+    return int(counts.get("eval_answers", counts["eval"]))
 
 
 def _outside(architecture: Architecture, params: Params, name: str) -> list[int]:
-    """OUTSIDE, where a stage names modules that lie in no layer, or was trained elsewhere and may have them."""
-    stage = params.stages[name]
-    named = {architecture.place(path)[0] for path in architecture.select(stage.layers)}
-    return [OUTSIDE] if OUTSIDE in named or stage.method == "import" else []
+    """OUTSIDE, where a stage names modules that lie in no layer."""
+    layers = {architecture.place(path)[0] for path in architecture.select(params.stages[name].layers)}
+    return [OUTSIDE] if OUTSIDE in layers else []

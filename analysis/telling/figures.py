@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.changes.tables import cosines
-from analysis.telling.skills import Change, score
+from analysis.changes.tables import NO_STAGE, cosines
+from analysis.telling.skills import Change
 from analysis.telling.svg import FAINT, GREY, INK, STYLE, WIDTH, Tips, bare, draw_cell, layer_grid, to_svg
-from analysis.telling.text import percent
+from analysis.telling.text import percent, score
 
 # Okabe and Ito's colours, which keep apart for every kind of colour vision; hatches serve print and grey.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -33,7 +33,8 @@ def heat_maps(cells: pd.DataFrame, names: list[str], titles: list[str], modules:
     """Relative change by layer and kind of module, one panel for each checkpoint, all on one layer axis.
 
     Args:
-        cells: columns stage, layer, module, relative_change, floor; absent cells are hatched.
+        cells: columns stage, layer, module, relative_change, floor; absent cells are hatched, and those whose weights
+            were zero, so that nothing can be put in relation to them, are grey.
         names: checkpoints, from top to bottom.
         titles: of the panels.
         modules: rows of every panel.
@@ -51,9 +52,12 @@ def heat_maps(cells: pd.DataFrame, names: list[str], titles: list[str], modules:
         axes.set_title(title)
         for row in cells[cells["stage"] == name].itertuples():
             gid, line = f"h{number}_{row.layer}_{modules.index(row.module)}", modules.index(row.module)
-            draw_cell(axes, row.layer, line, colour(norm(row.relative_change)), gid)
-            lost = row.relative_change < row.floor
-            if lost:
+            was_zero = math.isnan(row.relative_change)
+            draw_cell(axes, row.layer, line, GREY if was_zero else colour(norm(row.relative_change)), gid)
+            if was_zero:
+                tips[gid] = f"{name}, layer {row.layer}, {row.module}: changed, and was zero before"
+                continue
+            if row.relative_change < row.floor:
                 axes.plot(row.layer, line, ".", color="white", markersize=3.5, mec=INK, mew=0.4)
             tips[gid] = (
                 f"{name}, layer {row.layer}, {row.module}: {percent(row.relative_change)}"
@@ -150,10 +154,10 @@ def cosine_maps(gram: np.ndarray, grams: dict[int, np.ndarray], names: list[str]
 
 @mpl.rc_context(STYLE)
 def whose_change(shares: pd.DataFrame, stages: list[str], layers: int) -> str:
-    """Share of the merged change that each stage explains, by layer, stacked; the rest is unexplained.
+    """Share of the merged change that each stage explains, by layer, stacked; the rest is no stage's.
 
     Args:
-        shares: columns layer, stage (or `unexplained`), survival, share.
+        shares: columns layer, stage (or NO_STAGE), survival, share.
         stages: in the order of params.yaml.
         layers: how many layers the model has.
     """
@@ -162,26 +166,25 @@ def whose_change(shares: pd.DataFrame, stages: list[str], layers: int) -> str:
     above, below = np.zeros(layers), np.zeros(layers)
     figure = Figure((WIDTH, 2.9), layout="constrained")
     axes = figure.subplots()
-    for name in [*(stage for stage in stages if stage in table), "unexplained"]:
+    for name in [*(stage for stage in stages if stage in table), NO_STAGE]:
         heights = 100 * table[name].fillna(0).to_numpy()
-        rest = name == "unexplained"
-        place = 0 if rest else stages.index(name)
+        number = None if name == NO_STAGE else stages.index(name)
         bars = axes.bar(
             range(layers),
             heights,
             bottom=np.where(heights >= 0, above, below),
-            color=GREY if rest else COLOURS[place % len(COLOURS)],
-            hatch="" if rest else HATCHES[place % len(HATCHES)],
+            color=GREY if number is None else COLOURS[number % len(COLOURS)],
+            hatch="" if number is None else HATCHES[number % len(HATCHES)],
             width=0.86,
             edgecolor="white",
             linewidth=0.4,
-            label=f"{name} (no stage)" if rest else name,
+            label=name,
         )
         above, below = above + heights.clip(0), below + heights.clip(max=0)
         for layer, bar in enumerate(bars):
-            gid = f"w{place if not rest else 'u'}_{layer}"
+            gid = f"w{'u' if number is None else number}_{layer}"
             bar.set_gid(gid)
-            tips[gid] = f"layer {layer}: {heights[layer]:.1f} % of the merged change is {name}"
+            tips[gid] = f"layer {layer}: {heights[layer]:.1f} % of the merged change: {name}"
     axes.set(xlabel="layer", ylabel="% of the merged change", xlim=(-0.6, layers - 0.4))
     axes.set_ylim(min(0, below.min()), max(100, above.max()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
@@ -194,7 +197,7 @@ def floor_lines(cells: pd.DataFrame, layers: int) -> str:
     """The merged model's relative change against what rounding to the file's dtype alters, by layer.
 
     Args:
-        cells: of the merged model, columns layer, relative_change, floor.
+        cells: of the merged model, columns layer, relative_change, floor; of one layer at least.
         layers: how many layers the model has.
     """
     table = cells.set_index("layer").reindex(range(layers))
@@ -222,16 +225,16 @@ def drift_lines(probe: dict[str, Any], layers: int) -> str:
     """
     checkpoints, floor = probe["checkpoints"], 100 * np.array(probe["floor"]["drift"])
     lines = math.ceil(len(checkpoints) / 2)
-    top = max(max(found[domain]["drift"]["high"]) for found in checkpoints.values() for domain in ("on", "off"))
+    top = max(max(each[domain]["drift"]["high"]) for each in checkpoints.values() for domain in ("on", "off"))
     figure = Figure((WIDTH, 2.1 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False).ravel()
     kinds = [("off", "texts of other kinds", COLOURS[5], "--"), ("on", "texts like the training's", COLOURS[0], "-")]
-    for axes, (name, found) in zip(panels, checkpoints.items(), strict=False):
-        for layer in found["trained"]:
+    for axes, (name, checkpoint) in zip(panels, checkpoints.items(), strict=False):
+        for layer in checkpoint["trained"]:
             axes.axvspan(layer - 0.5, layer + 0.5, color="#eef3f8", lw=0)
         axes.fill_between(range(layers), 0, floor, color=GREY, lw=0, label="noise of bfloat16")
         for domain, label, colour, style in kinds:
-            mean, low, high = (100 * np.array(found[domain]["drift"][part]) for part in ("mean", "low", "high"))
+            mean, low, high = (100 * np.array(checkpoint[domain]["drift"][end]) for end in ("mean", "low", "high"))
             axes.fill_between(range(layers), low, high, color=colour, alpha=0.2, lw=0)
             axes.plot(range(layers), mean, style, color=colour, lw=1.6, label=label)
         axes.set(title=name, xlim=(-0.5, layers - 0.5), ylim=(0, 105 * max(top, 1e-6)))
@@ -257,21 +260,23 @@ def behaviour_lines(probe: dict[str, Any], layers: int) -> str:
     figure = Figure((WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 1 + len(base), sharex=True)
     floor = np.maximum(probe["floor"]["lens"], 1e-6)
-    lowest = 0.5 * min(
-        floor.min(), *(min(v for v in c["lens"] if v > 0) for c in checkpoints.values() if max(c["lens"]))
-    )
+    lowest = 0.5 * min([*floor, *(value for each in checkpoints.values() for value in each["lens"] if value > 0)])
     panels[0].fill_between(range(layers), lowest, floor, color=GREY, lw=0, label="noise of bfloat16")
     panels[0].set(yscale="log", title="predictions read off each layer", ylabel="KL to the base, nats")
-    for place, (name, found) in enumerate(checkpoints.items()):
-        merged = name == "merged"
-        look: dict[str, Any] = {"color": INK if merged else COLOURS[place % len(COLOURS)], "lw": 2.2 if merged else 1.4}
-        look |= {"ls": "-" if merged else ["--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))][place % 4], "label": name}
-        panels[0].plot(range(layers), [value or math.nan for value in found["lens"]], **look)
-        for axes, (part, before) in zip(panels[1:], base.items(), strict=True):
-            axes.plot(range(layers), 100 * (np.divide(found["written"][part], before) - 1), **look)
-    for axes, part in zip(panels[1:], base, strict=True):
+    for number, (name, checkpoint) in enumerate(checkpoints.items()):
+        if name == "merged":
+            look: dict[str, Any] = {"color": INK, "lw": 2.2, "ls": "-", "label": name}
+        else:
+            style = ["--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))][number % 4]
+            look = {"color": COLOURS[number % len(COLOURS)], "lw": 1.4, "ls": style, "label": name}
+        panels[0].plot(range(layers), [value or math.nan for value in checkpoint["lens"]], **look)
+        for axes, (module, before) in zip(panels[1:], base.items(), strict=True):
+            wrote = np.array(before, float)
+            wrote[wrote == 0] = math.nan  # an adapter that the base has for a stage to train
+            axes.plot(range(layers), 100 * (checkpoint["written"][module] / wrote - 1), **look)
+    for axes, module in zip(panels[1:], base, strict=True):
         axes.axhline(0, color=FAINT, lw=0.6)
-        axes.set(title=f"{part} writes more by", ylabel="%")
+        axes.set(title=f"{module} writes more by", ylabel="%")
     for axes in panels:
         axes.set(xlabel="layer", xlim=(-0.5, layers - 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -344,16 +349,17 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
     """Training loss by step, one panel for each stage on one scale.
 
     Args:
-        curves: by stage, the points of reports/train/NAME.curve.json.
+        curves: by stage, the points of reports/train/NAME.curve.json; of one stage at least.
     """
     columns = min(4, max(2, len(curves)))
     lines = math.ceil(len(curves) / columns)
     highest = max((point["loss"] for curve in curves.values() for point in curve), default=1.0)
     figure = Figure((WIDTH, 2.2 * lines + 0.3), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for place, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=False)):
+    for number, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=False)):
         steps, losses = [point["step"] for point in curve], [point["loss"] for point in curve]
-        axes.plot(steps, losses, color=COLOURS[place % len(COLOURS)], lw=1.6)
+        dot = "o" if len(curve) == 1 else None  # a line needs two
+        axes.plot(steps, losses, color=COLOURS[number % len(COLOURS)], lw=1.6, marker=dot)
         axes.set(title=name, xlabel="step", ylim=(0, 1.1 * highest))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.text(1, 1, f"last {losses[-1]:.2f}", ha="right", va="bottom", transform=axes.transAxes)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
-
-from analysis.changes.tables import cosines
+from analysis.changes.measured import KEYS
 from analysis.telling.facts import Facts
-from analysis.telling.words import ranges
-
-TENSOR = ["layer", "module", "parameter"]  # the columns that name one
+from analysis.telling.text import ranges, rounded
+from stages.models.architecture import OUTSIDE
 
 
 def actions(facts: Facts) -> list[dict[str, Any]]:
@@ -40,8 +38,8 @@ def _action(facts: Facts, name: str) -> dict[str, Any]:
         },
         "changed": {
             "tensors": len(rows),
-            "layers": ranges(sorted(set(rows["layer"]) - {-1})),
-            "relative_change": _rounded(facts.whole.loc[name, "relative_change"]),
+            "layers": ranges(sorted(set(rows["layer"]) - {OUTSIDE})),
+            "relative_change": rounded(facts.whole.loc[name, "relative_change"]),
             "sha256": record.get("sha256"),
         },
         "cost": {
@@ -61,18 +59,19 @@ def _action(facts: Facts, name: str) -> dict[str, Any]:
 
 def _later(facts: Facts, name: str) -> list[dict[str, Any]]:
     """Stages built on this one that write to its tensors or change its skill."""
-    rows, names = facts.measured.rows, facts.measured.names
-    own = rows.loc[rows["stage"] == name, TENSOR]
-    told = []
+    rows, skill = facts.measured.rows, facts.settings.skills[name]
+    own, entries = rows.loc[rows["stage"] == name, KEYS[1:]], []
     for later in facts.settings.stages:
         if name in facts.settings.ancestors(later):
-            shared = own.merge(rows.loc[rows["stage"] == later, TENSOR])
-            skill = [c for c in facts.changed if c.model == later and c.dataset == facts.settings.skills[name]]
+            shared = own.merge(rows.loc[rows["stage"] == later, KEYS[1:]])
             entry = {"by": later, "tensors": len(shared)}
             if len(shared):
-                entry["cosine"] = _rounded(cosines(facts.gram)[names.index(name), names.index(later)])
-            told.append(entry | ({"before": skill[0].before, "after": skill[0].after} if skill else {}))
-    return told
+                entry["cosine"] = rounded(facts.cosines[name, later])
+            for change in facts.changed:
+                if change.model == later and change.dataset == skill:
+                    entry |= {"before": change.before, "after": change.after}
+            entries.append(entry)
+    return entries
 
 
 def _merged(facts: Facts, name: str) -> list[dict[str, Any]]:
@@ -83,13 +82,9 @@ def _merged(facts: Facts, name: str) -> list[dict[str, Any]]:
     return [
         {
             "by": "merged",
-            "survival": _rounded(facts.kept["survival"].get(name, np.nan)),
+            "survival": rounded(float(facts.survivals["survival"].get(name, math.nan))),
             "before": facts.matrix[name][dataset][retention["measure"]],
             "after": facts.matrix["merged"][dataset][retention["measure"]],
             "retention": retention["retention"],
         }
     ]
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None

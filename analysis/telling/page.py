@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.changes.measured import CONFLICT, INTERFERENCE, STRONGEST, TESTED
-from analysis.changes.tables import summarise
+from analysis.changes.measured import CONFLICT, INTERFERENCE, KEYS, STRONGEST, TESTED
+from analysis.changes.metrics import METRICS
+from analysis.changes.tables import NO_STAGE, summarise
 from analysis.telling.facts import Facts
 from analysis.telling.log import actions
-from analysis.telling.skills import score
-from analysis.telling.text import percent
-from analysis.telling.words import NORMS, cards, guesses, headline, label, ranges
+from analysis.telling.text import NOTHING, in_layers, measured, number, percent, score, whole_percent
+from analysis.telling.words import NORMS, cards, guesses, headline, label
 from stages.models.architecture import OUTSIDE
 
 WRITERS = r"\b(?:o_proj|down_proj|c_proj|out_proj|dense|fc2|wo|w2)$"  # matrices that write to the residual stream
 
 
-def render(template: str, told: dict[str, Any]) -> str:
+def render(template: str, content: dict[str, Any]) -> str:
     """The page (`report.html`, self-contained) or its short form (`report.md`).
 
     Args:
-        template: file in analysis/templates.
-        told: from `contents`.
+        template: file in analysis/telling/templates.
+        content: what it tells, by the names that it uses; METRICS are there for every template.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -35,16 +35,18 @@ def render(template: str, told: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["percent"] = percent
-    environment.filters["score"] = score
-    return environment.get_template(template).render(told)
+    filters = [in_layers, measured, number, percent, score, whole_percent]
+    environment.filters |= {each.__name__: each for each in filters}
+    environment.globals["metrics"] = METRICS
+    return environment.get_template(template).render(content)
 
 
 def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
-    """What the templates tell, by the names that they use."""
+    """What the templates tell, by the names that they use; what is empty or not among the pictures is left out."""
     return {
         "base": facts.records["base"],
         "settings": facts.settings,
+        "has_file": facts.has_file,
         "headline": headline(facts),
         "guesses": guesses(facts),
         "cards": cards(facts),
@@ -52,11 +54,13 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "skills": _skill_rows(facts),
         "directions": _direction_rows(facts),
         "moved": _moved_rows(facts),
+        "from_zero": bool(summarise(facts.measured.inside, KEYS)["relative_change"].isna().any()),
         "pairs": _pair_rows(facts),
         "strongest": STRONGEST,
+        "tested": TESTED,
         "conflicts": _conflict_rows(facts),
-        "left": _left_rows(facts),
-        "unexplained": facts.kept.loc["unexplained", "share"],
+        "weights": _weight_rows(facts),
+        "unexplained": facts.survivals.loc[NO_STAGE, "share"],
         "frozen": list(facts.frozen.itertuples()),
         "log": actions(facts),
         "probe": facts.probe,
@@ -67,15 +71,15 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
 def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
     rows = []
     for name in facts.settings.stages:
-        kept = facts.retention[name]
-        values = [facts.matrix[model][kept["dataset"]][kept["measure"]] for model in ("base", name, "merged")]
+        retention = facts.retention[name]
+        values = [facts.matrix[model][retention["dataset"]][retention["measure"]] for model in ("base", name, "merged")]
         row = {
             "stage": name,
             "label": label(facts, name),
-            "scores": [score(value, kept["measure"]) for value in values],
+            "scores": [score(value, retention["measure"]) for value in values],
             "merged": name in facts.settings.merge.weights,
         }
-        rows.append(row | kept)
+        rows.append(row | retention)
     return rows
 
 
@@ -84,8 +88,9 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in facts.measured.names:
         own = facts.measured.rows[facts.measured.rows["stage"] == name]
-        looked_at = own["intruders"].dropna()
-        row = {"stage": name, "intruders": int(looked_at.sum()), "looked_at": TESTED * len(looked_at)}
+        tested = own["intruders"].dropna()
+        row = {"stage": name, "intruders": int(tested.sum()), "tested": TESTED * len(tested)}
+        row |= dict.fromkeys(("used", "available", "loudness", "norm")) | {"strongest": NOTHING}
         if len(matrices := own.dropna(subset=["effective_rank"])):
             strongest = matrices.loc[matrices["spectral_norm"].idxmax()]
             row |= {
@@ -96,26 +101,27 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
                 "norm": strongest["spectral_norm"],
             }
         rows.append(row)
-    return [row for row in rows if row["looked_at"]]
+    return [row for row in rows if row["tested"]]
 
 
 def _moved_rows(facts: Facts) -> list[dict[str, Any]]:
     """Relative change of what reads the residual stream and of what writes to it, and the norm that moved furthest."""
-    rows, inside = [], facts.measured.rows[facts.measured.rows["layer"] != OUTSIDE]
+    rows = []
     for name in facts.measured.names:
-        own = inside[inside["stage"] == name]
+        own = facts.measured.inside[facts.measured.inside["stage"] == name]
         matrices = own[own["parameter"].eq("weight") & ~own["module"].str.contains(NORMS)]
         writes = matrices["module"].str.contains(WRITERS)
-        row: dict[str, Any] = {"stage": name, "norms": 0, "norm": None, "furthest": "–"}
+        row: dict[str, Any] = {"stage": name, "norms": 0, "norm": None, "furthest": NOTHING}
         for key, part in (("reads", matrices[~writes]), ("writes", matrices[writes])):
             row[key] = summarise(part, ["stage"])["relative_change"].iloc[0] if len(part) else None
-        norms = own[own["module"].str.contains(NORMS)]
-        if len(norms):
-            drift = norms["delta"] / norms["weight"]
-            furthest = norms.loc[drift.idxmax()]
-            row |= {"norm": drift.max(), "norms": len(norms)}
-            row["furthest"] = f"{furthest['module']} of layer {furthest['layer']}"
-        rows.append(row)
+        norms = summarise(own[own["module"].str.contains(NORMS)], KEYS)
+        row["norms"] = len(norms)
+        if norms["relative_change"].notna().any():
+            furthest = norms.loc[norms["relative_change"].idxmax()]
+            row |= {"norm": furthest["relative_change"]}
+            row |= {"furthest": f"{furthest['module']} of layer {furthest['layer']}"}
+        if len(own):
+            rows.append(row)
     return rows
 
 
@@ -124,23 +130,23 @@ def _pair_rows(facts: Facts) -> list[dict[str, Any]]:
     return [
         {
             "stages": f"{first}, {second}",
-            "layers": ranges(sorted(set(found["layer"]) - {OUTSIDE})),
-            **found[["reads", "reads_by_chance", "writes", "writes_by_chance"]].median(),
+            "layers": sorted(set(table["layer"]) - {OUTSIDE}),
+            **table[["reads", "reads_by_chance", "writes", "writes_by_chance"]].median(),
         }
-        for (first, second), found in facts.measured.pairs.groupby(["first", "second"], sort=False)
+        for (first, second), table in facts.measured.pairs.groupby(["first", "second"], sort=False)
     ]
 
 
 def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
     """Stages that change the same tensors: whether they pull them apart, beside what unrelated changes would do."""
     rows = []
-    for stages, found in facts.measured.conflicts.groupby("stages", sort=False):
-        totals = found[CONFLICT + INTERFERENCE].sum()
+    for stages, table in facts.measured.conflicts.groupby("stages", sort=False):
+        totals = table[CONFLICT + INTERFERENCE].sum()
         if totals["entries"]:
             rows.append(
                 {
                     "stages": stages,
-                    "layers": ranges(sorted(set(found["layer"]) - {OUTSIDE})),
+                    "layers": sorted(set(table["layer"]) - {OUTSIDE}),
                     "disagree": totals["disagreeing"] / totals["entries"],
                     "disagree_by_chance": 1 - 2.0 ** -str(stages).count(","),
                     "cancelled": 1 - totals["summed"] / totals["size"],
@@ -154,33 +160,35 @@ def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
 def _behaviour_rows(probe: dict[str, Any]) -> list[dict[str, Any]]:
     """What the running models do beside the base: predictions, and where attention goes (means over heads)."""
     rows, base = [], probe["base"]["attention"]
-    for name, found in probe["checkpoints"].items():
-        attention, moved = found["attention"], np.array(found["attention"]["divergence"])
+    for name, checkpoint in probe["checkpoints"].items():
+        attention, moved = checkpoint["attention"], np.array(checkpoint["attention"]["divergence"])
         layer, head = np.unravel_index(moved.argmax(), moved.shape)
         rows.append(
             {
                 "name": name,
-                "on": found["on"]["kl"]["mean"],
-                "off": found["off"]["kl"],
-                "early": found["early"]["share"],
-                "sets_in": [attention["sets_in"], base["sets_in"]],
+                "on": checkpoint["on"]["kl"]["mean"],
+                "off": checkpoint["off"]["kl"],
+                "early": checkpoint["early"]["share"],
+                "sink_begins": attention["sets_in"],
+                "sink_began": base["sets_in"],
                 "sink": np.mean(attention["sink"]) - np.mean(base["sink"]),
                 "entropy": np.mean(attention["entropy"]) - np.mean(base["entropy"]),
-                "moved_most": f"layer {layer}, head {head}",
+                "moved_most": f"layer {layer}, head {head}" if moved.max() > 0 else NOTHING,
             }
         )
     return rows
 
 
-def _left_rows(facts: Facts) -> list[dict[str, Any]]:
-    kept = facts.kept["survival"]
-    weights = facts.settings.merge.weights
-    return [
+def _weight_rows(facts: Facts) -> list[dict[str, Any]]:
+    """Metrics of each checkpoint beside the weight that the merge was asked for and what is left of it."""
+    survivals, weights = facts.survivals["survival"], facts.settings.merge.weights
+    rows = [
         {
             "stage": name,
             **facts.whole.loc[name].to_dict(),
-            "weight": weights.get(name),
-            "survival": kept.get(name) if name in weights else None,
+            "weight": weights.get(name, NOTHING),
+            "survival": survivals.get(name) if name in weights else None,
         }
         for name in facts.measured.names
     ]
+    return rows if len(facts.measured.rows) else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from stages.project.params import Params
 
@@ -25,6 +24,7 @@ class Change:
         after: the same afterwards.
         measure: `accuracy` or `loss`.
         worse: whether it got worse by more than chance (see `is_worse`).
+        at_stake: whether it could have: a skill that is not there cannot be lost, nor be said to be kept.
     """
 
     model: str
@@ -34,6 +34,7 @@ class Change:
     after: float
     measure: str
     worse: bool
+    at_stake: bool
 
 
 def is_worse(before: float, after: float, measure: str, questions: int) -> bool:
@@ -54,7 +55,7 @@ def changes(matrix: dict[str, dict[str, Cell]], params: Params, questions: dict[
     Args:
         matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
         params: tell who learned what, and what came after what.
-        questions: number of evaluation records by dataset.
+        questions: number of evaluation records with an answer, by dataset.
     """
     pairs = [
         (name, params.skills[earlier], stage.parent)
@@ -66,13 +67,11 @@ def changes(matrix: dict[str, dict[str, Cell]], params: Params, questions: dict[
     return [_change(matrix, *pair, questions) for pair in dict.fromkeys(pairs)]
 
 
-def _change(matrix: dict[str, dict[str, Cell]], model: str, dataset: str, stage: str, questions: Any) -> Change:
+def _change(
+    matrix: dict[str, dict[str, Cell]], model: str, dataset: str, stage: str, questions: dict[str, int]
+) -> Change:
     measure = "accuracy" if "accuracy" in matrix[model][dataset] else "loss"
     before, after = matrix[stage][dataset][measure], matrix[model][dataset][measure]
-    worse = is_worse(before, after, measure, questions[dataset])
-    return Change(model, dataset, stage, before, after, measure, worse)
-
-
-def score(value: float, measure: str) -> str:
-    """An accuracy as `78 %`, a loss as `1.23`."""
-    return f"{100 * value:.0f} %" if measure == "accuracy" else f"{value:.2f}"
+    lost = 0.0 if measure == "accuracy" else matrix["base"][dataset][measure]
+    worse, at_stake = (is_worse(before, value, measure, questions[dataset]) for value in (after, lost))
+    return Change(model, dataset, stage, before, after, measure, worse, at_stake)

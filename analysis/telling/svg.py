@@ -69,6 +69,6 @@ def to_svg(figure: Figure, tips: Tips, label: str) -> str:
 
 
 def _tenths(path: str) -> str:
-    """Path data with coordinates to a tenth of a point, which no eye misses and which halves the page."""
+    """Path data with coordinates rounded to 0.1 pt: nobody can see it, and the page is half the size."""
     short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), path)
     return re.sub(r"\s*([A-Za-z])\s*", r"\1", short)

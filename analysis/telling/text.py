@@ -1,13 +1,65 @@
-"""Numbers as they are written in the report."""
+"""Numbers as they are written in the report; what has no value is a dash."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis.changes.metrics import Metric
+
+NOTHING = "–"
+DIGITS = 6  # significant ones of a number in a file
 
 
-def percent(share: float, digits: int = 2) -> str:
+def percent(share: float | None, digits: int = 2) -> str:
     """A share as a percentage of `digits` significant digits, such as `0.14 %`."""
-    if share == 0 or not math.isfinite(share):
-        return "0 %" if share == 0 else "–"
+    if share is None or not math.isfinite(share):
+        return NOTHING
+    if share == 0:
+        return "0 %"
     places = max(0, digits - 1 - math.floor(math.log10(abs(100 * share))))
     return f"{100 * share:.{places}f} %"
+
+
+def whole_percent(share: float | None) -> str:
+    """A share as a percentage without decimals, such as `78 %`."""
+    return NOTHING if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in Python's format `form`, such as `.3f`."""
+    return NOTHING if value is None or not math.isfinite(value) else format(value, form)
+
+
+def measured(value: float | None, metric: Metric) -> str:
+    """The value of a metric."""
+    return percent(value) if metric.is_share else number(value, ".2g")
+
+
+def score(value: float, measure: str) -> str:
+    """An accuracy as `78 %`, a loss as `1.23`."""
+    return whole_percent(value) if measure == "accuracy" else number(value, ".2f")
+
+
+def ranges(layers: list[int]) -> str:
+    """Sorted layer numbers as `0-3, 8`."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def in_layers(layers: list[int]) -> str:
+    """Sorted layer numbers as `layers 0-3`; an embedding lies in none."""
+    return f"layers {ranges(layers)}" if layers else "outside the layers"
+
+
+def rounded(content: Any) -> Any:
+    """Content for a JSON file with floats of DIGITS significant digits; None in place of one that is not finite."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    if isinstance(content, float):
+        return float(f"{content:.{DIGITS}g}") if math.isfinite(content) else None
+    return content

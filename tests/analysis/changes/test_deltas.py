@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from analysis.changes import tensors
 from analysis.changes.deltas import measure, sign_conflict
-from analysis.changes.tables import cosines, frozen_check, summarise, survival
+from analysis.changes.tables import NO_STAGE, cosines, frozen_check, summarise, survival
 from analysis.changes.tensors import inner_products
 from stages.files import MERGED
 from stages.merging.merged import Merged
@@ -15,6 +15,7 @@ from stages.settings.merge import Merge
 from stages.weights.checkpoint import Checkpoint, open_stages
 
 ALL = ["sums", "names", "prose"]
+DECLARED = {"sums": [0, 1], "names": [1, 2], "prose": [3]}
 
 
 def measured():
@@ -113,7 +114,7 @@ def test_task_arithmetic_survives_with_its_weights(project, weights, expected):
     assert whole["share"].sum() == pytest.approx(1)
     assert whole["share"].iloc[-1] == pytest.approx(0, abs=1e-6)
     layer = survival(result.grams[3], result.names, ALL)
-    assert list(layer["stage"]) == ["prose", "unexplained"]
+    assert list(layer["stage"]) == ["prose", NO_STAGE]
 
 
 def test_average_of_two_keeps_half_of_each():
@@ -149,13 +150,13 @@ def test_frozen_check_is_zero_when_all_kept_their_word(project):
     for dtype in ("float32", "bfloat16", "float16"):
         project.params(dtype=dtype)
         project.merge()
-        assert (frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]})["max_abs"] == 0).all()
+        assert (frozen_check(measured(), DECLARED, has_file=True)["max_abs"] == 0).all()
 
 
 def test_a_stage_that_trains_an_undeclared_layer_is_found(project):
     project.train("prose", secretly=[2, 3])
     project.merge()
-    found = frozen_check(measured(), {"sums": [0, 1], "names": [1, 2], "prose": [3]}).set_index("checkpoint")
+    found = frozen_check(measured(), DECLARED, has_file=True).set_index("checkpoint")
     expected = max(float(d.abs().max()) for key, d in dense("prose").items() if ".layers.2." in key)
     assert found.loc["prose", "max_abs"] == pytest.approx(expected)
     assert found.loc["sums", "max_abs"] == 0
@@ -166,7 +167,7 @@ def test_a_merged_tensor_that_no_stage_changed_is_compared(project):
     weights = load_file("merged/model.safetensors")
     weights["model.embed_tokens.weight"][3, 5] += 0.5
     save_file(weights, "merged/model.safetensors")
-    found = frozen_check(measured(), {"sums": [0, 1]}).set_index("checkpoint")
+    found = frozen_check(measured(), {"sums": [0, 1]}, has_file=True).set_index("checkpoint")
     assert found.loc["merged", "max_abs"] == pytest.approx(0.5)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from analysis.changes.heads import _change, measure_heads
+from analysis.changes.heads import circuit_change, measure_heads
 from stages.files import BASE
 from stages.merging.merged import Merged
 from stages.settings.merge import Merge
@@ -68,7 +68,7 @@ def test_changes_of_any_size_keep_their_digits(size):
     before, change = ([torch.randn(heads, 8, 64, generator=generator) for heads in (4, 2)] for _ in range(2))
     after = [old + size * new for old, new in zip(before, change, strict=True)]
     (q, k), (new_q, new_k) = ([each.double().numpy() for each in pair] for pair in (before, after))
-    found = [values.numpy() for values in _change(tuple(before), tuple(after))]
+    found = [values.numpy() for values in circuit_change(tuple(before), tuple(after))]
     for head in range(4):
         old, new = q[head].T @ k[head // 2], new_q[head].T @ new_k[head // 2]
         away = new - (old * new).sum() / (old * old).sum() * old

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.changes.deltas import measure
-from analysis.changes.subspaces import Directions, Familiar, interference, largest_share, overlap, strongest
+from analysis.changes.subspaces import BaseDirections, Directions, interference, largest_share, overlap, strongest
 from stages.merging.merged import Merged, open_merged
 from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
@@ -80,7 +80,7 @@ def test_planted_intruders_are_found(shape, planted):
     change = 1e-3 * normal(*shape, seed=9)
     if planted:
         change += spectrum(*shape, [30.0] * planted, seed=50)
-    found = Familiar(weight).intruders(weight + change, strongest(change).left)
+    found = BaseDirections(weight).intruders(weight + change, strongest(change).left)
     assert found == dense_intruders(weight, weight + change)
     assert planted - 1 <= found <= planted  # a random direction can by chance be near to an old one
 
@@ -89,7 +89,7 @@ def test_planted_intruders_are_found(shape, planted):
 def test_where_no_direction_is_much_stronger_than_the_next(strength, intruders):
     weight = normal(300, 200, seed=3)
     change = spectrum(300, 200, [strength + i for i in range(10, 0, -1)] if intruders else [strength], seed=7)
-    found = Familiar(weight).intruders(weight + change, strongest(change).left)
+    found = BaseDirections(weight).intruders(weight + change, strongest(change).left)
     assert found == dense_intruders(weight, weight + change) == intruders
 
 

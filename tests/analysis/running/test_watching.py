@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from analysis import probe
 from analysis.running.watching import (
     LENS,
-    Seen,
+    Activations,
     attention_divergence,
     attention_of,
     interval,
@@ -23,8 +23,8 @@ from analysis.running.watching import (
 )
 from stages import pick
 from stages.files import BASE
-from stages.project.params import load_params
 from stages.models.scoring import mean_loss
+from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_stage, make_tokenizer
 
@@ -86,7 +86,7 @@ def test_texts_seen_together_are_as_seen_alone():
 def test_attention_by_hand():
     rows = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
     other = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0.25, 0.25, 0.5]])
-    one, two = (Seen(torch.zeros(2, 3, 1), each.expand(1, 2, 3, 3), {}, rows) for each in (rows, other))
+    one, two = (Activations(torch.zeros(2, 3, 1), each.expand(1, 2, 3, 3), {}, rows) for each in (rows, other))
     found = attention_of([one])
     assert found["sink"] == [[0.375] * 2] and found["entropy"] == [[1.25] * 2] and found["sets_in"] == 0
     p, q = np.array([0.5, 0.5]), np.array([1.0, 0])
@@ -177,5 +177,7 @@ def test_the_whole_probe_of_a_project(project):
         for name, weight in source.module(path).items():
             getattr(model.get_submodule(path), name).data.copy_(weight)
     truth = mean_loss(model, probe.load_tokenizer(), records, load_params().evaluate.batch_size)
-    row = next(r for r in found["names"]["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums")
+    row = next(
+        r for r in found["names"]["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums"
+    )
     assert row["without"] == pytest.approx(truth, rel=1e-4) and row["without"] != row["loss"]
