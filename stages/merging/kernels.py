@@ -49,7 +49,7 @@ class Kernel:
         Where the method does not take so few, or with `participants: all`, every stage takes part, the others
         with the base's weights.
         """
-        if self.merge.participants == "touching" and self._accepts(touching):
+        if self.merge.participants == "touching" and accepts(self.method, touching):
             return sorted(touching)
         return sorted(self.merge.weights)
 
@@ -118,7 +118,7 @@ class Kernel:
     ) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.merge.seed}/{name}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
-        ids, base_id = self._inputs(stages)
+        ids, base_id = _inputs(self.method, stages)
         dtype = torch.float64 if self.traits.float64 else torch.float32
         try:
             with torch.no_grad():
@@ -136,19 +136,6 @@ class Kernel:
                 f"params.yaml: merge.method {self.method.spec.name!r} cannot merge {name} ({first_line(error)});"
                 " change merge.parameters or the method"
             ) from None
-
-    def _inputs(self, stages: list[str]) -> tuple[list[str], str | None]:
-        """Models that the kernel is given, and which of them is the base; some methods want none."""
-        if self.method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
-            return ["base", *stages], "base"
-        return stages, None
-
-    def _accepts(self, stages: list[str]) -> bool:
-        try:
-            self.method.validate_inputs(*self._inputs(stages))
-        except ValueError:
-            return False
-        return True
 
 
 def find_kernel(merge: Merge) -> Kernel:
@@ -187,6 +174,22 @@ def parameters_of(name: str) -> set[str]:
     return _parameters(get(name))
 
 
+def accepts(method: MergeMethod, stages: list[str]) -> bool:
+    """Whether a method takes so many stages."""
+    try:
+        method.validate_inputs(*_inputs(method, stages))
+    except ValueError:
+        return False
+    return True
+
+
+def _inputs(method: MergeMethod, stages: list[str]) -> tuple[list[str], str | None]:
+    """Models that a method is given, and which of them is the base; some methods want none."""
+    if method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
+        return ["base", *stages], "base"
+    return stages, None
+
+
 def _check_known(key: str, method: MergeMethod) -> None:
     known = _parameters(method) - {"weight"}
     if key == "weight":
@@ -218,7 +221,7 @@ def _check_required(kernel: Kernel) -> None:
                 f"params.yaml: merge.parameters.{parameter.name} is missing; method {merge.method!r} needs it"
             )
     try:
-        method.validate_inputs(*kernel._inputs(sorted(merge.weights)))
+        method.validate_inputs(*_inputs(method, sorted(merge.weights)))
     except ValueError as error:
         raise MistakeError(
             f"params.yaml: merge.weights has {len(merge.weights)} stages, which method {merge.method!r}"

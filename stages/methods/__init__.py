@@ -1,4 +1,8 @@
-"""Post-training methods by name. A new method is one new file here: it is found by itself."""
+"""Post-training methods by name. A new method is one new file here: it is found by itself.
+
+A class says in the first paragraph of its docstring what it trains, and in the second what speaks for it: the table of
+docs/methods.md is made from them.
+"""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Training the biases alone: BitFit (arXiv 2106.10199)."""
+"""BitFit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class BitFit(Training):
-    """The biases of the chosen modules; a model without any gets zeros to train by `base.add_biases`.
+    """Biases, by `base.add_biases` where there are none (arXiv 2106.10199).
+
+    Tiny; gentle changes of tone or domain.
 
     Like `full` it is PEFT's LN-tuning, a trained copy of each module, of which the weight stays frozen and unsaved.
     """

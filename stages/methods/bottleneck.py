@@ -1,4 +1,4 @@
-"""New neurons beside those of the MLP: a parallel adapter (arXiv 2110.04366) that becomes part of a plain model."""
+"""New neurons beside those of the MLP: a parallel adapter that becomes part of a plain model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Bottleneck(Training):
-    """Some of the neurons that `base.extra_neurons` adds to every MLP: their input and output weights are trained.
+    """New neurons of the MLPs, made by `base.extra_neurons` (arXiv 2110.04366).
+
+    Adds room and leaves the old weights alone; stages never collide.
 
     It is saved as a LoRA, one factor of which is frozen and picks the neurons: B [out, neurons] where the MLP reads the
     hidden state, and A [neurons, in] where it writes to it. So it is merged, measured and loaded like any other.

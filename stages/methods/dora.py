@@ -1,4 +1,4 @@
-"""Low-rank adapters that also train the size of every output row: DoRA (arXiv 2402.09353)."""
+"""DoRA."""
 
 from typing import ClassVar, Literal
 
@@ -6,7 +6,12 @@ from stages.methods.low_rank import LowRank
 
 
 class Dora(LowRank):
-    """W' = m·V/‖V‖ with V = W + (alpha/rank)·B·A and one trained magnitude m per output row."""
+    """LoRA, and the size of every output row (arXiv 2402.09353).
+
+    Often better than LoRA at low rank; slower.
+
+    W' = m·V/‖V‖ with V = W + (alpha/rank)·B·A and one trained magnitude m per output row.
+    """
 
     use_dora: ClassVar[bool] = True
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Full(Training):
-    """Every weight, bias and norm of the chosen layers."""
+    """Every weight, bias and norm of the layers.
+
+    Much data, or few layers; large checkpoints.
+    """
 
     protectable: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Adapters behind attention and MLP, as in Houlsby et al. (arXiv 1902.00751), of a base that has room for them."""
+"""Adapters behind attention and MLP, as in Houlsby et al., of a base that has room for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class HoulsbyStage(Training):
-    """The adapters that `base.adapter_size` puts into every layer: all of their weights, and nothing else.
+    """Adapters behind attention and MLP, made by `base.adapter_size` (arXiv 1902.00751).
+
+    The classic; the result needs `trust_remote_code`, so rather `bottleneck`.
 
     They are not linear in what they read, so they are no change of the old weights; but they are weights of the base,
     and what a stage changes of them is a delta like any other.

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class IA3(Training):
-    """One trained factor for each output of every matrix, and each input of `down_proj` (arXiv 2205.05638)."""
+    """A factor for each output of every matrix, and each input of `down_proj` (arXiv 2205.05638).
+
+    Style and format, not new skills; wants a high lr (0.01).
+    """
 
     method: Literal["ia3"]
 

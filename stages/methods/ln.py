@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class LayerNorm(Training):
-    """The gains (and biases) of the normalisations of the chosen layers."""
+    """Gains (and biases) of the norms.
+
+    Tiny; like `bitfit`, for models without biases.
+    """
 
     method: Literal["ln"]
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class LoKr(Training):
-    """The delta is a Kronecker product of a small matrix and a low-rank one (arXiv 2309.14859)."""
+    """A Kronecker product of a small matrix and a low-rank one (arXiv 2309.14859).
+
+    Fewer numbers than LoRA at the same reach.
+    """
 
     method: Literal["lokr"]
     rank: int = Field(default=8, gt=0)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: LoRA (arXiv 2106.09685)."""
+"""LoRA."""
 
 from typing import ClassVar, Literal
 
@@ -6,7 +6,10 @@ from stages.methods.low_rank import LowRank
 
 
 class Lora(LowRank):
-    """Two small factors beside every weight matrix, whose product is added to it."""
+    """B·A of a small rank beside every matrix (arXiv 2106.09685).
+
+    The first choice: sturdy, cheap, and merges exactly.
+    """
 
     protectable: ClassVar[bool] = True
 

@@ -32,7 +32,7 @@ class LowRank(Training):
     rslora: bool = False
     """Scale by alpha/√rank, for ranks of 64 and more (arXiv 2312.03732)."""
     init: Literal["default", "pissa", "olora"] = "default"
-    """Where the factors start: at zero, or from the matrix itself (arXiv 2404.02948, 2406.01775)."""
+    """Where the factors start: at zero, or from the matrix itself (arXiv 2404.02948, arXiv 2406.01775)."""
     load_in_4bit: bool = False
     """Hold the frozen matrices in four bits while training (QLoRA); needs `uv sync --extra four-bit`."""
 

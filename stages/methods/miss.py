@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class MiSS(Training):
-    """One small matrix, repeated over blocks of the weight, is added to it (arXiv 2409.15371)."""
+    """One small matrix, repeated over blocks of the weight (arXiv 2409.15371).
+
+    Like LoRA with half of its numbers.
+    """
 
     method: Literal["miss"]
     rank: int = Field(default=16, gt=0)

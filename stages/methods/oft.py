@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class OFT(Training):
-    """Blocks of inputs are rotated by trained orthogonal matrices (arXiv 2306.07280); norms and angles are kept."""
+    """Rotations of blocks of inputs (arXiv 2306.07280).
+
+    Keeps the norms and angles of inputs; slow.
+    """
 
     method: Literal["oft"]
     block_size: int = Field(default=32, gt=1)

@@ -26,11 +26,16 @@ TINY: dict[str, Any] = {
 
 
 class Passthrough(Training):
-    """PEFT's own configuration under `peft`, with its `peft_type`; the modules come from `layers`, as ever."""
+    """Any other adapter of PEFT, here `peft: {peft_type: LOHA}`.
+
+    You know why; it is tried out on a tiny model first.
+
+    The modules come from `layers`, as ever.
+    """
 
     method: Literal["peft"]
     peft: dict[str, Any]
-    """PEFT's own settings, `peft_type` first."""
+    """PEFT's own settings, with its `peft_type`."""
 
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> PeftConfig:
         """PEFT's configuration for the weight matrices among `modules`.

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class SHiRA(Training):
-    """As many single weights as a LoRA of `rank` has, chosen at random, are trained (arXiv 2406.13175)."""
+    """Single weights, chosen at random (arXiv 2406.13175).
+
+    Changes few weights, so stages collide little in a merge.
+    """
 
     method: Literal["shira"]
     rank: int = Field(default=16, gt=0)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 class VeRA(Training):
-    """One random pair of factors for all matrices; each trains a factor for its rows and for the rank alone.
+    """Factors for the rows and the rank of one random pair, which all matrices share (arXiv 2310.11454).
 
-    W' = W + diag(b)·B·diag(d)·A (arXiv 2310.11454). Every stage has a pair of its own, kept in its checkpoint.
+    Tiny; wants a high lr (0.01).
+
+    W' = W + diag(b)·B·diag(d)·A. Every stage has a pair of its own, kept in its checkpoint.
     """
 
     method: Literal["vera"]

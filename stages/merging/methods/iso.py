@@ -15,9 +15,9 @@ PAPER = "https://arxiv.org/abs/2502.04959"
 
 @merge_method(PAPER, rotation_free=True)
 def iso_c(group: TensorGroup, weight: PerNonBase[float], scale: float = 1.0) -> Tensor:
-    """Isotropic merging in common subspace (arXiv 2502.04959, Iso-C): base + scale · σ̄·U·Vᵀ.
+    """All directions of the summed delta made equally strong (Iso-C).
 
-    U, S and V are of the sum of the weighted deltas, σ̄ is the mean of S.
+    It is base + scale · σ̄·U·Vᵀ, where U, S and V are of the sum of the weighted deltas and σ̄ is the mean of S.
 
     Deviations: the paper's mean runs over min(out, in) singular values, and U·Vᵀ gives each of those directions
     weight; here both are restricted to those that are not numerically zero. For a sum of full rank that is the
@@ -46,7 +46,7 @@ def iso_cts(
     common_fraction: Annotated[float, Field(ge=0, le=1)] = 0.8,
     scale: float = 1.0,
 ) -> Tensor:
-    """Isotropic merging in common and task-specific subspaces (arXiv 2502.04959, Iso-CTS).
+    """Like `iso_c`, with the weakest directions replaced by each stage's own (Iso-CTS).
 
     Of the r directions of the summed deltas the weakest are replaced, in equal shares, by the strongest
     directions of what each stage has outside the rest (the common space, projected out on the left); all are

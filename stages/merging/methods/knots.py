@@ -18,10 +18,11 @@ def knots(
     density: PerNonBase[Annotated[float, Field(gt=0, le=1)]] = 1.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """KnOTS (arXiv 2410.19735) with TIES: base + scale · U · TIES(S·V₁ᵀ, …, S·V_Tᵀ).
+    """TIES in a basis of output directions that the stages share (KnOTS).
 
-    U·S·[V₁ᵀ … V_Tᵀ] decomposes the weighted deltas set side by side, [out, T·in]. TIES is mergekit's: trim to the
-    density, elect the sign of the sum, average those that have it (the authors' `mean`).
+    It is base + scale · U · TIES(S·V₁ᵀ, …, S·V_Tᵀ), where U·S·[V₁ᵀ … V_Tᵀ] decomposes the weighted deltas set side
+    by side, [out, T·in]. TIES is mergekit's: trim to the density, elect the sign of the sum, average those that have
+    it (the authors' `mean`).
 
     Deviations: entries are trimmed tensor by tensor, as mergekit does, not over the whole model; singular values
     that are numerically zero are cut relative to the largest, not at 1e-5. Vectors are one row, for which KnOTS is

@@ -13,11 +13,11 @@ from stages.merging.spectral import as_matrix, noise_floor, thin_svd
 
 @merge_method("https://arxiv.org/abs/2602.05536", rotation_free=True)
 def svc(group: TensorGroup, weight: PerNonBase[float], alpha: Annotated[float, Field(gt=0)] = 1.0) -> Tensor:
-    """Singular Value Calibration of task arithmetic (arXiv 2602.05536): base + Σᵣ γʳ·σʳ·uʳ·vʳᵀ.
+    """The sum, with directions that several stages share counted once (Singular Value Calibration).
 
-    U, σ and V are of Δ, the sum of the K weighted deltas Δᵢ. Along an output direction, stage i responds with
-    aᵢʳ = uʳᵀ·Δᵢ and the sum with aʳ = uʳᵀ·Δ; sᵢʳ = ⟨aʳ, aᵢʳ⟩ / ‖aᵢʳ‖² says how many times over the sum holds
-    the stage, and γʳ = K / Σᵢ max(α, sᵢʳ).
+    It is base + Σᵣ γʳ·σʳ·uʳ·vʳᵀ, where U, σ and V are of Δ, the sum of the K weighted deltas Δᵢ. Along an output
+    direction, stage i responds with aᵢʳ = uʳᵀ·Δᵢ and the sum with aʳ = uʳᵀ·Δ; sᵢʳ = ⟨aʳ, aᵢʳ⟩ / ‖aᵢʳ‖² says how many
+    times over the sum holds the stage, and γʳ = K / Σᵢ max(α, sᵢʳ).
 
     Deviations: K counts the stages that respond to uʳ at all, since sᵢʳ of the others is 0/0. The paper compares
     with the unweighted deltas, which undoes the weights. Its α is 1/K, which also strengthens directions in which

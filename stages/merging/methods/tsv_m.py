@@ -10,10 +10,10 @@ from stages.merging.spectral import average, polar_factor, thin_svd
 
 @merge_method("https://arxiv.org/abs/2412.00081", rotation_free=True)
 def tsv_m(group: TensorGroup, weight: PerNonBase[float], scale: float = 1.0) -> Tensor:
-    """Task Singular Vectors (arXiv 2412.00081, algorithm 1): base + scale · Û·S·V̂ᵀ.
+    """The top singular vectors of every stage, made orthogonal to each other (TSV-Merge).
 
-    U, S and V are the concatenated top singular vectors and values of the T weighted deltas; Û and V̂ are the
-    polar factors of U and V, so that stages no longer interfere.
+    It is base + scale · Û·S·V̂ᵀ (the paper's algorithm 1), where U, S and V are the concatenated top singular vectors
+    and values of the T weighted deltas; Û and V̂ are the polar factors of U and V, so that stages no longer interfere.
 
     Deviations: the paper keeps min(out, in) // T of each stage. That is only needed where more do not fit, so
     deltas whose ranks add up to at most min(out, in), as LoRA's do, keep everything, and the result is the same

@@ -1,12 +1,15 @@
 """Every method on every architecture: it learns, is saved, and the rest of the pipeline sees what was trained."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages import train
 from stages.errors import MistakeError
@@ -21,80 +24,62 @@ from stages.settings.merge import Merge
 from stages.settings.stage import Training
 from stages.training.loop import Run
 from stages.weights.checkpoint import open_stages
-from tests.conftest import ROOT, make_base
+from tests.conftest import make_base
 from tests.stages.test_train import make_examples
 
 MODELS = ["llama-tied", "qwen2", "qwen3", "gpt2"]
-CASES = {  # name: method, settings of a tiny stage
-    "lora": ("lora", {"rank": 4}),
-    "rslora": ("lora", {"rank": 4, "rslora": True}),
-    "pissa": ("lora", {"rank": 4, "init": "pissa"}),
-    "olora": ("lora", {"rank": 4, "init": "olora"}),
-    "dora": ("dora", {"rank": 4}),
-    "ia3": ("ia3", {"lr": 0.1}),
-    "lokr": ("lokr", {"rank": 4, "lr": 0.05}),
-    "oft": ("oft", {"block_size": 8}),
-    "miss": ("miss", {"rank": 4}),
-    "shira": ("shira", {"rank": 4}),
-    "adalora": ("adalora", {"rank": 4, "lr": 0.05}),
-    "bitfit": ("bitfit", {"lr": 0.05}),
-    "ln": ("ln", {"lr": 0.05}),
-    "full": ("full", {}),
-    "vera": ("vera", {"rank": 64, "lr": 0.1}),
-    "bottleneck": ("bottleneck", {"neurons": "4-11"}),
-    "houlsby": ("houlsby", {}),
-    "peft": ("peft", {"peft": {"peft_type": "LOHA", "r": 4}}),
-}
-CONVERTED = {"pissa", "olora", "adalora"}  # saved as a plain LoRA, and so equal up to rounding
-ABOUT = {  # case: what is trained, what speaks for it
-    "lora": ("B·A of a small rank beside every matrix", "the first choice: sturdy, cheap, and merges exactly"),
-    "rslora": ("the same, scaled by 1/√rank (`rslora: true`)", "ranks of 64 and more, which plain LoRA scales too low"),
-    "pissa": (
-        "the same, from the largest directions (`init: pissa`)",
-        "quick first steps, further from the parent",
-    ),
-    "olora": ("the same, from the matrix's QR (`init: olora`)", "like `pissa`"),
-    "dora": ("LoRA, and the size of every output row", "often better than LoRA at low rank; slower"),
-    "ia3": (
-        "one factor for each output",
-        "style and format, not new skills; wants a high lr (0.01)",
-    ),
-    "lokr": ("a Kronecker product of two small matrices", "fewer numbers than LoRA at the same reach"),
-    "oft": ("rotations of blocks of inputs", "keeps norms and angles of inputs; slow"),
-    "miss": ("one small matrix, repeated over the weight", "like LoRA with half of its numbers"),
-    "shira": ("single weights, chosen at random", "changes few weights, so stages collide little in a merge"),
-    "adalora": (
-        "LoRA that drops its least useful directions",
-        "finds which layers need rank; wants 100 steps and more",
-    ),
-    "bitfit": ("biases (`add_biases` where there are none)", "tiny; gentle changes of tone or domain"),
-    "ln": ("gains of the norms", "tiny; like `bitfit`, for models without biases"),
-    "full": ("every weight of the layers", "much data, or few layers; large checkpoints"),
-    "vera": ("factors for rows and rank of one random pair", "tiny; wants a high lr (0.01)"),
-    "bottleneck": (
-        "new neurons (`base.extra_neurons: 64`)",
-        "adds room and leaves the old weights alone; stages never collide",
-    ),
-    "houlsby": (
-        "adapters behind attention and MLP (`base.adapter_size: 64`)",
-        "the classic; the result needs `trust_remote_code`, so rather `bottleneck`",
-    ),
-    "peft": (
-        "any other adapter of PEFT, here `peft: {peft_type: LOHA}`",
-        "you know why; it is tried out on a tiny model first",
-    ),
-}
 NO_LINEAR = "are no Linear modules"
 NO_BIAS = "has none in these layers"
-REFUSED = {(case, "gpt2"): NO_LINEAR for case in ("lokr", "oft", "miss", "shira", "olora", "peft")}
-REFUSED[("houlsby", "gpt2")] = "has no class with adapters"
-REFUSED |= {("bitfit", model): NO_BIAS for model in ("llama-tied", "qwen3")}
+NO_CLASS = "has no class with adapters"
 
 
-def make(case, chosen="1-2", steps=20):
-    method, settings = CASES[case]
-    keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": steps, "layers": chosen}
-    return METHODS[method](**keys | settings)
+@dataclass(frozen=True)
+class Row:
+    """A tiny stage of one method.
+
+    Attributes:
+        keys: its settings; 20 steps with an lr of 0.01 must lower the loss, unless they say otherwise.
+        method: where the row has not its name.
+        room: gives the base what the method needs of it.
+        refused: models that it does not go with, and part of the sentence that says so.
+        converted: it is saved as a plain LoRA, and so comes back equal up to rounding.
+        moves_base: it starts by taking something off the base, so PEFT's own merge is no truth to compare with.
+    """
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+    room: Callable[[PreTrainedModel], PreTrainedModel] | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    converted: bool = False
+    moves_base: bool = False
+
+
+ROWS = {
+    "lora": Row({"rank": 4}),
+    "rslora": Row({"rank": 4, "rslora": True}, "lora"),
+    "pissa": Row({"rank": 4, "init": "pissa"}, "lora", converted=True, moves_base=True),
+    "olora": Row({"rank": 4, "init": "olora"}, "lora", refused={"gpt2": NO_LINEAR}, converted=True, moves_base=True),
+    "dora": Row({"rank": 4}),
+    "ia3": Row({"lr": 0.1}),
+    "lokr": Row({"rank": 4, "lr": 0.05}, refused={"gpt2": NO_LINEAR}),
+    "oft": Row({"block_size": 8}, refused={"gpt2": NO_LINEAR}),
+    "miss": Row({"rank": 4}, refused={"gpt2": NO_LINEAR}),
+    "shira": Row({"rank": 4}, refused={"gpt2": NO_LINEAR}),
+    "adalora": Row({"rank": 4, "lr": 0.05}, converted=True),
+    "bitfit": Row({"lr": 0.05}, refused={"llama-tied": NO_BIAS, "qwen3": NO_BIAS}),
+    "ln": Row({"lr": 0.05}),
+    "full": Row(),
+    "vera": Row({"rank": 64, "lr": 0.1}),
+    "bottleneck": Row({"neurons": "4-11"}, room=lambda model: add_neurons(model, 12)),
+    "houlsby": Row(room=lambda model: add_adapters(model, 12), refused={"gpt2": NO_CLASS}),
+    "peft": Row({"peft": {"peft_type": "LOHA", "r": 4}}, refused={"gpt2": NO_LINEAR}),
+}
+
+
+def make(name, chosen="1-2"):
+    method = ROWS[name].method or name
+    keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 20, "layers": chosen}
+    return METHODS[method](**keys | ROWS[name].keys)
 
 
 def fresh():
@@ -107,26 +92,23 @@ def publish_stage(stage, model):
         write_json(folder / "stage.json", {"name": "one", "parent": "base"})
 
 
-def make_room(case):
-    """What a method needs of the base."""
-    if case == "bottleneck":
-        add_neurons(fresh(), 12).save_pretrained(BASE)
-    if case == "houlsby":
-        add_adapters(fresh(), 12).save_pretrained(BASE)
+def make_room(row):
+    if row.room:
+        row.room(fresh()).save_pretrained(BASE)
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("case", CASES)
-def test_a_method(case, model):
+@pytest.mark.parametrize("name", ROWS)
+def test_a_method(name, model):
     make_base(model)
-    stage = make(case)
+    row, stage = ROWS[name], make(name)
     torch.manual_seed(3)
-    if (case, model) in REFUSED:
-        with pytest.raises(MistakeError, match=REFUSED[case, model]):
-            make_room(case)
+    if model in row.refused:
+        with pytest.raises(MistakeError, match=row.refused[model]):
+            make_room(row)
             train.put_on(stage, fresh(), torch.float32)
         return
-    make_room(case)
+    make_room(row)
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         untouched = fresh()(ids).logits
@@ -143,31 +125,30 @@ def test_a_method(case, model):
     with torch.no_grad():
         truth = wrapped.eval()(ids).logits
         again = PeftModel.from_pretrained(fresh(), CHECKPOINTS / "one").eval()(ids).logits
-    assert torch.equal(again, truth) or (case in CONVERTED and torch.allclose(again, truth, atol=2e-5))
+    assert torch.equal(again, truth) or (row.converted and torch.allclose(again, truth, atol=2e-5))
 
     checkpoint, (opened,) = open_stages(["one"])
     merged = Merged(checkpoint, [opened], Merge(weights={"one": 1.0}, dtype="float32"))
-    inside = (
-        copy.deepcopy(wrapped).merge_and_unload() if case not in ("pissa", "olora") else None
-    )  # they moved the base
+    inside = None if row.moves_base else copy.deepcopy(wrapped).merge_and_unload()
     plain, before = fresh(), fresh()
     for path in checkpoint.modules:
-        for name, weights in opened.module(path).items():
-            getattr(plain.get_submodule(path), name).data.copy_(weights)
-            original = getattr(before.get_submodule(path), name)
+        for parameter, weights in opened.module(path).items():
+            getattr(plain.get_submodule(path), parameter).data.copy_(weights)
+            original = getattr(before.get_submodule(path), parameter)
             if place(path, layer_stack(before))[0] not in (1, 2):
-                assert torch.equal(weights, original), f"{path}.{name} is outside the chosen layers"
+                assert torch.equal(weights, original), f"{path}.{parameter} is outside the chosen layers"
             if inside is not None:
-                assert torch.allclose(weights, getattr(inside.get_submodule(path), name), rtol=0, atol=1e-6)
-            assert torch.allclose(merged.module(path)[name], weights, rtol=0, atol=1e-6)
+                assert torch.allclose(weights, getattr(inside.get_submodule(path), parameter), rtol=0, atol=1e-6)
+            assert torch.allclose(merged.module(path)[parameter], weights, rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, truth, rtol=0, atol=5e-5)
         assert not torch.allclose(plain(ids).logits, untouched, rtol=0, atol=1e-3)
 
 
-def test_every_method_is_in_the_matrix():
+def test_every_method_has_its_row():
     trained = {name for name, method in METHODS.items() if issubclass(method, Training)}
-    assert trained == {method for method, _ in CASES.values()}
+    missing = sorted(trained - {row.method or name for name, row in ROWS.items()})
+    assert not missing, f"add to ROWS in {__file__}, with its keys for a tiny model: {missing[0]!r}: Row()"
 
 
 @pytest.mark.parametrize("model", ["llama-tied", "llama-untied", "qwen3"])
@@ -276,29 +257,3 @@ def test_the_embedding_can_be_trained(model):
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.allclose(load_model(opened, torch.float32)(ids).logits, wrapped.eval()(ids).logits, atol=2e-5)
-
-
-def table():
-    """What every method trains, on which models: the table of docs/methods.md."""
-    size = {"vocab_size": 128, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
-    size |= {"num_attention_heads": 9, "num_key_value_heads": 3}  # one layer of the default base
-    biases = {"attention_bias": True, "mlp_bias": True}
-    heads = ["method", "trains", "numbers per layer", "what speaks for it", "Llama", "Qwen2", "Qwen3", "GPT-2"]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|--:|" + "---|" * 5]
-    for case, (method, settings) in CASES.items():
-        given = {key: value for key, value in settings.items() if key in ("rslora", "init", "peft")}
-        keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 100}
-        model = LlamaForCausalLM(LlamaConfig(**size | (biases if method == "bitfit" else {})))
-        if method == "bottleneck":
-            model = add_neurons(model, 64)
-        if method == "houlsby":
-            model = add_adapters(model, 64)
-        wrapped = train.put_on(METHODS[method](**keys | given), model, torch.float32)
-        count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        marks = ["–" if (case, model) in REFUSED else "yes" for model in MODELS]
-        lines.append(f"| `{case}` | {ABOUT[case][0]} | {count:,} | {ABOUT[case][1]} | {' | '.join(marks)} |")
-    return "\n".join(lines)
-
-
-def test_the_table_in_the_docs_is_this_one():
-    assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
