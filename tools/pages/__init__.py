@@ -1,0 +1,1 @@
+"""What docs/ tells of the code, made from the code."""

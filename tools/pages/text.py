@@ -1,0 +1,22 @@
+"""Markdown."""
+
+import inspect
+import re
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [heads, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(heads), *rest])
+
+
+def paragraphs(thing: object) -> list[str]:
+    """The docstring of a class or function, each paragraph in one line."""
+    text = inspect.cleandoc(thing.__doc__ or "")
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+
+
+def linked(text: str) -> str:
+    """A text in which each `arXiv N` is a link."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
