@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.losses import pad, token_losses
-from stages.records.record import Record, answer
+from stages.records.record import Record, answer, restore_tuples
 from stages.records.tokens import encode, encode_question
 from stages.settings.evaluate import Evaluate
 
@@ -80,6 +80,6 @@ def is_right(record: Record, text: str) -> bool:
     from reasoning_gym import get_score_answer_fn
 
     try:
-        return bool(get_score_answer_fn(record["task"])(text, record["entry"]) >= 1.0)
+        return bool(get_score_answer_fn(record["task"])(text, restore_tuples(record["entry"])) >= 1.0)
     except Exception:  # some scorers raise on a malformed answer, which is then simply wrong
         return False

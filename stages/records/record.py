@@ -5,7 +5,8 @@ A record is one of
     {"prompt": str, "completion": str}              the completion is learned; it follows the prompt as it is
     {"messages": [{"role": str, "content": str}]}   the assistant's turns are learned, in the chat template
     {"input_ids": [int], "loss_weights": [float]}   tokens as they are, and how much each is learned
-and may carry {"task": str, "entry": {...}} for a task that scores its own answers, and {"part": str} in a mix.
+and may carry {"task": str, "entry": {...}} for a task that scores its own answers (its tuples marked, see
+`mark_tuples`), and {"part": str} in a mix.
 
 A text, a completion and each message may have a `weight` in the loss Σwᵢlᵢ/Σ|wᵢ|, and `spans`, a list of
 [start, end, weight] over its characters, of which later ones win; a prompt has its `prompt_weight`. What follows a
@@ -20,6 +21,7 @@ from stages.errors import MistakeError
 
 Record = dict[str, Any]
 Span = tuple[int, int, float]
+TUPLE = "__tuple__"
 SHAPES = {  # by the key that tells it: the keys that tell a record's weights
     "text": ["weight", "spans"],
     "prompt": ["prompt_weight", "weight", "spans"],
@@ -61,6 +63,27 @@ def answer(record: Record) -> str | None:
     if "messages" in record:
         return record["messages"][-1]["content"]
     return record.get("completion")
+
+
+def mark_tuples(value: Any) -> Any:
+    """A task's entry with each tuple as {TUPLE: [...]}, which JSON keeps; for scorers that compare tuples."""
+    if isinstance(value, dict):
+        return {key: mark_tuples(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [mark_tuples(item) for item in value]
+        return {TUPLE: items} if isinstance(value, tuple) else items
+    return value
+
+
+def restore_tuples(value: Any) -> Any:
+    """The entry that `mark_tuples` was given; one without marks is returned as it is."""
+    if isinstance(value, list):
+        return [restore_tuples(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {TUPLE}:
+        return tuple(restore_tuples(value[TUPLE]))
+    return {key: restore_tuples(item) for key, item in value.items()}
 
 
 class Checked(Sequence[Record]):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.errors import MistakeError
-from stages.records.record import Record
+from stages.errors import MistakeError, first_line
+from stages.records.record import Record, mark_tuples, restore_tuples
 from stages.records.source import Single
+
+TRIED = 8  # entries that the scorer is tried on; some scorers take 20 ms
 
 
 class ReasoningGym(Single):
@@ -27,30 +32,66 @@ class ReasoningGym(Single):
     """Records to train on."""
 
     def records(self, seed: str, where: str) -> list[Record]:
-        """Up to four times as many as are wanted, for some questions come up twice."""
-        warnings.filterwarnings("ignore", category=SyntaxWarning)  # from a dependency, when it is first compiled
-        import reasoning_gym
+        """Up to four times as many as are wanted, for some questions come up twice.
 
-        try:
-            tasks = list(
-                reasoning_gym.create_dataset(
-                    self.task,
-                    size=4 * (self.train + self.eval + self.tune),
-                    seed=random.Random(seed).randrange(2**31),
-                    **self.config,
-                )
-            )
-        except (TypeError, ValueError, AssertionError) as error:
+        Raises:
+            MistakeError: there is no such task with this config, its questions have no answers, or its scorer does not
+                go with its answers.
+        """
+        entries = self._entries(random.Random(seed).randrange(2**31), where)
+        if any(entry["answer"] is None or not str(entry["answer"]).strip() for entry in entries):
             raise MistakeError(
-                f"{where}: reasoning_gym does not make task {self.task!r} with this config"
-                f" ({str(error).strip() or type(error).__name__}); see its list of tasks and their settings"
-            ) from None
+                f"{where}.task {self.task!r} has questions without an answer to learn; choose another task"
+            )
+        kept = self._find_storage(entries[:TRIED], where)
         return [
             {
                 "prompt": entry["question"].rstrip() + "\n",
                 "completion": str(entry["answer"]),
                 "task": self.task,
-                "entry": entry,
+                "entry": kept(entry),
             }
-            for entry in tasks
+            for entry in entries
         ]
+
+    def _entries(self, seed: int, where: str) -> list[Any]:
+        warnings.filterwarnings("ignore", category=SyntaxWarning)  # from a dependency, when it is first compiled
+        import reasoning_gym
+
+        size = 4 * (self.train + self.eval + self.tune)
+        try:
+            return list(reasoning_gym.create_dataset(self.task, size=size, seed=seed, **self.config))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise MistakeError(
+                f"{where}: reasoning_gym does not make task {self.task!r} with this config ({first_line(error)});"
+                " see its list of tasks and their settings"
+            ) from None
+
+    def _find_storage(self, entries: list[Any], where: str) -> Callable[[Any], Any]:
+        """What makes an entry such that the task's scorer sees no difference once JSON has been written and read."""
+        from reasoning_gym import get_score_answer_fn
+
+        score = get_score_answer_fn(self.task)
+        try:
+            scores = [score(str(entry["answer"]), entry) for entry in entries]
+        except Exception as error:  # each scorer has its own ways to fail
+            raise MistakeError(
+                f"{where}.task {self.task!r} has a scorer that fails on the task's own answers ({first_line(error)});"
+                " choose another task"
+            ) from None
+        for kept in (_as_it_is, mark_tuples):
+            with suppress(Exception):
+                if [score(str(entry["answer"]), _read_back(kept(entry))) for entry in entries] == scores:
+                    return kept
+        raise MistakeError(
+            f"{where}.task {self.task!r} has a scorer that cannot be used once a question is in a file; choose another"
+            " task"
+        )
+
+
+def _as_it_is(entry: Any) -> Any:
+    return entry
+
+
+def _read_back(entry: Any) -> Any:
+    return restore_tuples(json.loads(json.dumps(entry, default=str)))
