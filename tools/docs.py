@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, run
 from stages.files import write_text
 from tools.pages.merging import merge_table
 from tools.pages.methods import methods_table, peft_types
@@ -64,3 +64,7 @@ PAGES: dict[str, Callable[[], str] | dict[str, Callable[[], str]]] = {
     "methods.md": {"table of methods": methods_table, "types of PEFT": peft_types},
     "merging.md": {"table of merge methods": merge_table},
 }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -45,7 +45,7 @@ def _stages(method: MergeMethod) -> str:
 
 def _parameter(parameter: ParameterSpec) -> str:
     default = "" if parameter.required or parameter.default is None else f" {str(parameter.default).lower()}"
-    return f"`{parameter.name}`{default}{'' if parameter.scope == ParameterScope.SHARED else '*'}"
+    return f"`{parameter.name}`{default}{'' if parameter.scope == ParameterScope.SHARED else ' each'}"
 
 
 def _rank(name: str) -> str:

@@ -5,10 +5,11 @@ import re
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [heads, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|" + "---|" * len(heads), *rest])
+    """A table, columns of numbers aligned to the right."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    numeric = [all(cell.replace(",", "").isdigit() for cell in column) for column in zip(*rows, strict=True)]
+    head, *rest = [f"| {' | '.join(row)} |" for row in [heads, *rows]]
+    return "\n".join([head, "|" + "".join("--:|" if each else "---|" for each in numeric), *rest])
 
 
 def paragraphs(thing: object) -> list[str]:
