@@ -28,9 +28,8 @@ from analysis.running.watching import (
     watch,
     written,
 )
-from analysis.telling.text import rounded
 from stages.errors import run
-from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, write_json
+from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, rounded, write_json
 from stages.models.architecture import layer_stack, place
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.scoring import mean_loss

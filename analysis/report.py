@@ -29,10 +29,9 @@ from analysis.telling.figures import (
     whose_change,
 )
 from analysis.telling.page import contents, render
-from analysis.telling.text import rounded
 from analysis.telling.words import label
 from stages.errors import run
-from stages.files import REPORTS, write_json, write_text
+from stages.files import REPORTS, rounded, write_json, write_text
 from stages.models.architecture import OUTSIDE
 from stages.project.params import load_params
 

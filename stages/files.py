@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ PICKED = Path("picked")
 DATA = Path("data")
 MERGED = Path("merged")
 REPORTS = Path("reports")
+DIGITS = 6  # significant ones of a number in a file
 
 
 def sha256(paths: Iterable[Path]) -> str:
@@ -30,6 +32,17 @@ def sha256(paths: Iterable[Path]) -> str:
 def read_json(path: Path) -> Any:
     """Parse the JSON file at `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rounded(content: Any) -> Any:
+    """Content for a JSON file with floats of DIGITS significant digits; None in place of one that is not finite."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    if isinstance(content, float):
+        return float(f"{content:.{DIGITS}g}") if math.isfinite(content) else None
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from analysis.changes.measured import KEYS
 from analysis.telling.facts import Facts
-from analysis.telling.text import ranges, rounded
+from analysis.telling.text import ranges
+from stages.files import rounded
 from stages.models.architecture import OUTSIDE
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analysis.changes.metrics import Metric
 
 NOTHING = "–"
-DIGITS = 6  # significant ones of a number in a file
 
 
 def percent(share: float | None, digits: int = 2) -> str:
@@ -52,14 +51,3 @@ def ranges(layers: list[int]) -> str:
 def in_layers(layers: list[int]) -> str:
     """Sorted layer numbers as `layers 0-3`; an embedding lies in none."""
     return f"layers {ranges(layers)}" if layers else "outside the layers"
-
-
-def rounded(content: Any) -> Any:
-    """Content for a JSON file with floats of DIGITS significant digits; None in place of one that is not finite."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    if isinstance(content, float):
-        return float(f"{content:.{DIGITS}g}") if math.isfinite(content) else None
-    return content
