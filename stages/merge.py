@@ -181,7 +181,8 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
     """Write the adapter and the error of each of its modules; refuse one that misses the tolerance."""
     folder.mkdir()
     base = read_json(BASE / "stage.json")
-    is_hubs = base["revision"] and not any(base.get("room", {}).values())  # with room it is another model than the hub's
+    # With room for methods it is another model than the hub's.
+    is_hubs = base["revision"] and not any(base.get("room", {}).values())
     name, revision = (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
     errors = adapter.save(folder, name, revision, any(map(merged.is_transposed, merged.changed())), metadata)
     write_json(folder / "errors.json", errors)
