@@ -13,7 +13,10 @@ A text, a completion and each message may have a `weight` in the loss Σwᵢlᵢ
 text or a message, its end-of-text token or the end of its turn, has its weight. Below zero a token is unlearned.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from math import isfinite
 from typing import Any
 
@@ -31,7 +34,10 @@ SHAPES = {  # by the key that tells it: the keys that tell a record's weights
 
 
 def check(record: object, where: str) -> Record:
-    """Return `record` if it has one of the four shapes, else raise a MistakeError that starts with `where`."""
+    """Return `record` if it has one of the four shapes, else raise a MistakeError that starts with `where`.
+
+    What else it holds should be text, numbers, dates, or lists and mappings of them.
+    """
     if not isinstance(record, dict):
         raise MistakeError(f"{where} is no mapping of keys; write one record per line")
     shapes = [shape for shape in SHAPES if shape in record]
@@ -39,6 +45,7 @@ def check(record: object, where: str) -> Record:
         raise MistakeError(
             f"{where} needs exactly one of text, prompt with completion, messages, or input_ids with loss_weights"
         )
+    _check_values(record, where)
     _check_keys(record, shapes[0], where)
     if "messages" in record:
         _check_messages(record["messages"], where)
@@ -106,6 +113,24 @@ class Checked(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         for place, row in enumerate(self._rows):  # the hub's tables are much faster so than row by row
             yield check(row, self._where(place))
+
+
+def _check_values(record: Record, where: str) -> None:
+    """Refuse what a file of JSON does not hold, or not twice in the same way, such as an image."""
+    for key, value in record.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False, default=_as_text).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise MistakeError(f"{where} has half a character, {half!a}, in {key!a}; write the whole or none") from None
+        except TypeError as error:
+            raise MistakeError(f"{where} has {error} in {key!r}; remove that column") from None
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, date | time | timedelta | Decimal):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__}")
 
 
 def _check_keys(record: Record, shape: str, where: str) -> None:
