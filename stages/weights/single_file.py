@@ -34,9 +34,8 @@ class SingleFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         self._start = 8 + len(text)
-        # Claim the room now: a disk that is too small is told before an hour of merging, not after.
-        os.posix_fallocate(descriptor, 0, self._start + end)
-        os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        _claim(descriptor, self._start + end)
+        _write_at(descriptor, struct.pack("<Q", len(text)) + text, 0)
 
     def put(self, name: str, values: torch.Tensor) -> None:
         """Write one tensor.
@@ -54,8 +53,27 @@ class SingleFile:
         for piece in pieces:
             view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
             while view:
-                written = os.pwrite(self._descriptor, view, offset)
+                written = _write_at(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
+
+
+def _claim(descriptor: int, length: int) -> None:
+    """Give a file its length in bytes, and their room on the disk where the system can promise it.
+
+    A disk that is too small is then told before an hour of merging, not after.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, length)
+    else:  # macOS, Windows
+        os.ftruncate(descriptor, length)
+
+
+def _write_at(descriptor: int, content: bytes | memoryview, offset: int) -> int:
+    """Write bytes from `offset` on; returns how many were written."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, content, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows, where no other process shares the file's position
+    return os.write(descriptor, content)
 
 
 def order(specifications: dict[str, Specification]) -> list[str]:
