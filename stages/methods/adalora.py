@@ -56,6 +56,8 @@ class AdaLora(Training):
 
     def state(self, model: PeftModel) -> dict[str, torch.Tensor]:
         """PEFT's running averages of how much each number matters, and which directions are left."""
+        import torch
+
         allocator: Any = model.base_model.rankallocator
         state = {f"{kind}/{name}": values for kind in AVERAGES for name, values in getattr(allocator, kind).items()}
         left: dict[str, list[bool]] = allocator.peft_config.rank_pattern or {}

@@ -15,6 +15,7 @@ from stages.settings.section import Settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -118,6 +119,13 @@ class Training(Stage, ABC):
 
     def stepped(self, model: PeftModel, step: int) -> None:
         """Called after every optimizer step, with its number from 0."""
+
+    def state(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        """What the next step depends on beside the trained parameters, their optimizer and the random generators."""
+        return {}
+
+    def load_state(self, model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave before the stage was killed; it comes in main memory."""
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the trained adapter in PEFT's format, without the model card that names this machine's paths."""

@@ -1,8 +1,8 @@
 """The training loop: steps, gradients, the best weights, and a state to go on from after a kill.
 
-Several processes (`launch`) divide the examples of every step and add their gradients, so their number
-changes the result by rounding alone. What is trained is small beside the model, so each holds all of it; of the frozen
-weights too, unless the launcher divides them (`stages.training.shard`).
+Several `processes` divide the examples of every step and add their gradients, so their number changes the result by
+rounding alone. What is trained is small beside the model, so each holds all of it; of the frozen weights too, unless
+the launcher divides them (`stages.training.shard`).
 """
 
 import math
@@ -24,7 +24,7 @@ from stages.settings.stage import Training
 from stages.training.batches import Source
 from stages.training.prefix import Prefix
 from stages.training.protection import Protection
-from stages.training.resume import load_state, save_state
+from stages.training.resume import load_state, random_states, save_state, set_random_states
 from stages.training.surgery import combine
 
 CHECK_EVERY = 10  # steps; a state is a few times the adapter, so saving costs little beside training
@@ -67,8 +67,7 @@ def fit(
         if len(curve) % CHECK_EVERY == 0 or len(curve) == stage.steps:
             if tuning:
                 training.check(tuning, curve)
-            if accelerator.is_main_process:
-                training.save(work, curve)
+            training.save(work, curve)
         bar.set_postfix(loss=f"{point['loss']:.3f}")
         bar.update()
     bar.close()
@@ -96,7 +95,8 @@ class Run:
         self.model, self.stage, self.accelerator, self.prefix = model, stage, accelerator, prefix
         self.trained: dict[str, torch.nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=stage.lr, weight_decay=stage.weight_decay)
-        warmup = math.ceil(stage.warmup * stage.steps)
+        # The first step of a warm-up has a rate of 0, so the only step of a stage must not be one.
+        warmup = min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
         self.schedule = get_scheduler(stage.schedule, self.optimizer, warmup, stage.steps)
         self.protection = Protection(model, stage.protect) if stage.protect else None
         self.filler = load_tokenizer().pad_token_id
@@ -175,34 +175,42 @@ class Run:
                 self.trained[name].copy_(weights)
 
     def save(self, work: Path, curve: Curve) -> None:
-        """Write all that the next step depends on."""
+        """Write all that the next step depends on. Every process has to call it, and the main one writes."""
         tensors = {f"weight/{name}": p.detach() for name, p in self.trained.items()}
         tensors |= {f"best/{name}": weights for name, weights in self.best.items()}
-        tensors["random"] = torch.get_rng_state()
+        tensors |= {f"method/{name}": values for name, values in self.stage.state(self.model).items()}
+        for kind, state in random_states(self.accelerator.device).items():
+            rows = self.accelerator.gather(state[None].to(self.accelerator.device))  # processes draw apart
+            tensors[f"random/{kind}"] = rows.cpu()
         for name, parameter in self.trained.items():
-            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
         schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
-        save_state(work, tensors, {"curve": curve, "schedule": schedule})
+        if self.accelerator.is_main_process:
+            save_state(work, tensors, {"curve": curve, "schedule": schedule})
 
+    @torch.no_grad()
     def restore(self, work: Path) -> Curve:
         """Read it back; the curve so far, empty at the first start."""
         saved = load_state(work)
         if saved is None:
             return []
         tensors, facts = saved
-        for name, parameter in self.trained.items():
-            parameter.data.copy_(tensors[f"weight/{name}"])
-            state = {key.partition("/")[0]: value for key, value in tensors.items() if key.endswith(f"/{name}")}
-            if "best" in state:
-                self.best[name] = state.pop("best").to(parameter.device)
-            del state["weight"]
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+
+        def found(kind: str) -> dict[str, torch.Tensor]:
+            return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
+
+        self.best = {name: value.to(self.trained[name].device) for name, value in found("best").items()}
+        for name, value in found("weight").items():
+            self.trained[name].copy_(value)
+        for place, value in found("optimizer").items():
+            key, _, name = place.partition("/")
+            parameter = self.trained[name]
+            self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        self.stage.load_state(self.model, found("method"))
         self.schedule.load_state_dict(facts["schedule"] | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
-        torch.set_rng_state(tensors["random"])
+        set_random_states({kind: rows[self.accelerator.process_index] for kind, rows in found("random").items()})
         return list(facts["curve"])
 
     def _pieces(self, group: list[Example]) -> list[list[Example]]:

@@ -1,7 +1,9 @@
-"""What the frozen layers below the first trained one make of a batch, computed once and kept on disk.
+"""Disk cache of the hidden states that enter the first trained layer.
 
-They see the same batches in every pass, and in every stage and experiment that shares the parent and the dataset. A
-batch that comes again starts at the first trained layer, from the same bits as before.
+The frozen layers below it see the same batches in every pass, and in every stage and experiment that shares the parent
+and the dataset. A batch that comes again starts at the first trained layer, from the same bits as before.
+
+Several runs share the folder and its room without a lock: what one deletes, another computes again.
 """
 
 from __future__ import annotations
@@ -10,25 +12,28 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stages.models.architecture import layer_stack, place
 from stages.models.losses import Batch
-from stages.training.resume import scratch
+from stages.training.resume import random_states, scratch, set_random_states
 
 
 class Prefix:
-    """The frozen layers of one model, with a folder of what they gave.
+    """Cached outputs of one model's frozen layers.
+
+    Layers that draw random numbers, such as dropout does in training, are not cached: no two passes are alike.
 
     Args:
         model: a causal language model whose trained parameters, and they alone, require a gradient.
-        key: what the frozen layers depend on, such as the parent's hash and the dtype.
+        key: what the frozen layers' bits depend on, such as the parent's hash, the dtype and the threads.
         limit: bytes on disk, of this folder and of those that other models left.
     """
 
@@ -38,16 +43,17 @@ class Prefix:
         digest = hashlib.sha256(repr(sorted({**key, "depth": self.depth}.items())).encode()).hexdigest()[:16]
         self.folder = scratch("prefix") / digest
         self._limit, self._used = limit, sum(map(_size, scratch("prefix").glob("*")))
-        if self.folder.exists():
+        self._draws: dict[bool, bool] = {}  # whether the layers draw random numbers, in training and otherwise
+        with suppress(FileNotFoundError):
             os.utime(self.folder)  # folders that have not been used for the longest time make room
 
     @contextmanager
     def __call__(self, model: Any, batch: Batch) -> Iterator[None]:
         """Within the block `model` skips its frozen layers for this batch; where that is not possible, it does not."""
-        if not self.depth or not self._limit or _drops(model):
+        hidden = self._hidden(model, batch) if self.depth and self._limit else None
+        if hidden is None:
             yield
             return
-        hidden = self._hidden(model, batch)
         entry = self._layers[self.depth].register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
         skipped = self._layers[: self.depth]
         for layer in skipped:
@@ -59,29 +65,50 @@ class Prefix:
             for layer in skipped:
                 del layer.forward  # the class's own is seen again
 
-    def _hidden(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Input of the first trained layer, [examples, length, width]."""
-        content = batch.ids.cpu().numpy().tobytes() + batch.present.cpu().numpy().tobytes()
-        path = self.folder / f"{hashlib.sha256(repr(batch.ids.shape).encode() + content).hexdigest()[:32]}.safetensors"
-        if path.exists():
+    def _hidden(self, model: Any, batch: Batch) -> torch.Tensor | None:
+        """Input of the first trained layer, [examples, length, width]; None where it is random."""
+        if self._draws.get(model.training):
+            return None
+        path = self.folder / f"{_name(model, batch)}.safetensors"
+        with suppress(OSError, SafetensorError):  # not there, or deleted by another run meanwhile
             return load_file(path)["hidden"].to(batch.ids.device)
+        before = random_states(batch.ids.device)
         hidden = _run(model, self._layers[self.depth], batch)
+        after = random_states(batch.ids.device)
+        self._draws[model.training] = not all(torch.equal(before[kind], after[kind]) for kind in before)
+        if self._draws[model.training]:
+            set_random_states(before)  # as if it had not been tried
+            return None
         if self._make_room(hidden.nbytes):
+            self._keep(hidden, path)
+        return hidden
+
+    def _keep(self, hidden: torch.Tensor, path: Path) -> None:
+        """Write the hidden states, unless another run deletes the folder at this moment or the disk is full."""
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
             save_file({"hidden": hidden.cpu().contiguous()}, temporary)
             os.replace(temporary, path)
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+        else:
             self._used += hidden.nbytes
-        return hidden
 
     def _make_room(self, size: int) -> bool:
         """Delete what other models left, the longest unused first, until `size` bytes fit; whether they do."""
         others = (folder for folder in self.folder.parent.glob("*") if folder != self.folder)
-        for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
+        for folder in sorted(others, key=_last_used):
             if self._used + size > self._limit:
                 self._used -= _size(folder)
                 shutil.rmtree(folder, ignore_errors=True)
         return self._used + size <= self._limit
+
+
+def _name(model: Any, batch: Batch) -> str:
+    """A name for what the model makes of a batch; in training it may be another than in evaluation."""
+    content = batch.ids.cpu().numpy().tobytes() + batch.present.cpu().numpy().tobytes()
+    return hashlib.sha256(repr((batch.ids.shape, model.training)).encode() + content).hexdigest()[:32]
 
 
 def _same(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -118,12 +145,14 @@ def _first_trained(model: Any) -> int:
     return max(0, min(place(name, stack)[0] for name in trained))
 
 
-def _drops(model: Any) -> bool:
-    """Whether layers of the base drop out at random, so that no two passes are alike."""
-    config = model.config
-    rates = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout")
-    return any(getattr(config, rate, 0) for rate in rates)
-
-
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of what a folder holds, which another run may be deleting."""
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in folder.glob("*"))
+    return 0
+
+
+def _last_used(folder: Path) -> float:
+    with suppress(FileNotFoundError):
+        return folder.stat().st_mtime
+    return 0.0

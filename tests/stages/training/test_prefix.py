@@ -1,16 +1,18 @@
 """The kept results of frozen layers: the same bits as without, from another process, within their room."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
 from stages.files import BASE
 from stages.methods import METHODS
 from stages.train import put_on
+from stages.training import prefix as prefix_module
 from stages.training.loop import Run
 from stages.training.prefix import Prefix
 from tests.conftest import ARCHITECTURES, make_base
@@ -82,9 +84,121 @@ def test_it_stays_within_its_room():
     assert not list(CACHE.rglob("*.tmp"))
 
 
-def test_layers_that_drop_out_at_random_are_not_kept():
+def dropout_of_the_embedding(model):
+    model.transformer.drop.p = 0.2
+
+
+def dropout_of_the_residual(model):
+    model.transformer.h[0].mlp.dropout.p = 0.2
+
+
+def dropout_in_a_function(model):
+    layer = model.transformer.h[1].mlp
+    forward = layer.forward
+    layer.forward = lambda hidden: torch.nn.functional.dropout(forward(hidden), 0.2, layer.training)
+
+
+def noise(model):
+    """As the routers of some mixtures of experts have it."""
+    model.transformer.h[0].register_forward_pre_hook(
+        lambda layer, args: (
+            (args[0] * torch.empty_like(args[0]).uniform_(0.9, 1.1), *args[1:]) if layer.training else None
+        )
+    )
+
+
+RANDOM = [dropout_of_the_embedding, dropout_of_the_residual, dropout_in_a_function, noise]
+
+
+@pytest.mark.parametrize("spoil", RANDOM, ids=lambda spoil: spoil.__name__)
+def test_what_is_random_is_not_kept_and_is_drawn_as_without_the_cache(spoil):
+    make_base("gpt2")
+    found = []
+    for limit in (0, 1e9):
+        stage, model = wrapped()
+        spoil(model.get_base_model())
+        run = Run(model, stage, Accelerator(), Prefix(model, {}, limit))
+        torch.manual_seed(7)
+        losses = [run.step([make_examples()], step)["loss"] for step in range(3)]
+        run.check(make_examples(4), [{}])
+        found.append((losses, [p.detach().clone() for p in run.trained.values()], torch.get_rng_state()))
+    assert found[0][0] == found[1][0] and len(set(found[0][0])) == 3
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert torch.equal(found[0][2], found[1][2])
+    assert len(list(CACHE.rglob("*.safetensors"))) == 1  # of the evaluation, which is not random
+
+
+def test_what_is_kept_of_an_evaluation_is_not_taken_for_training():
     make_base("gpt2")
     stage, model = wrapped()
-    model.config.resid_pdrop = 0.1
-    Run(model, stage, Accelerator(), Prefix(model, {}, 1e9)).together([make_examples()])
+    dropout_of_the_residual(model.get_base_model())
+    run = Run(model, stage, Accelerator(), Prefix(model, {}, 1e9))
+    model.eval()
+    still = run.together([make_examples()])
+    model.train()
+    assert run.together([make_examples()]) != still != run.together([make_examples()])
+
+
+def test_dropout_by_whatever_name_the_config_has_for_it():
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    config = BioGptConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, pad_token_id=0)
+    assert config.hidden_dropout_prob > 0  # no other model has this name
+    make_base()
+    BioGptForCausalLM(config).save_pretrained(BASE)
+    found = []
+    for limit in (0, 1e9):
+        stage, model = wrapped()
+        run = Run(model, stage, Accelerator(), Prefix(model, {}, limit))
+        torch.manual_seed(7)
+        found.append([run.together([make_examples()]) for _ in range(2)])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
     assert not list(CACHE.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("moment", ["load_file", "save_file"])
+def test_a_folder_that_another_run_deletes_at_this_moment_is_made_again(moment, monkeypatch):
+    make_base()
+    truth = gradient()
+    if moment == "load_file":
+        gradient(limit=1e9)
+    act, deleted = getattr(prefix_module, moment), []
+
+    def delete_and_act(*args):
+        if not deleted:
+            deleted.append(shutil.rmtree(next(CACHE.iterdir())))
+        return act(*args)
+
+    monkeypatch.setattr(prefix_module, moment, delete_and_act)
+    for _ in range(2):
+        loss, found = gradient(limit=1e9)
+        assert deleted and loss == truth[0] and torch.equal(found, truth[1])
+    assert list(CACHE.rglob("*.safetensors")) and not list(CACHE.rglob("*.tmp"))
+
+
+def test_a_file_that_is_torn_and_a_full_disk_do_no_harm(monkeypatch):
+    make_base()
+    truth = gradient(limit=1e9)
+    for path in CACHE.rglob("*.safetensors"):
+        path.write_bytes(b"12345678")
+    assert torch.equal(gradient(limit=1e9)[1], truth[1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix_module, "save_file", full)
+    assert torch.equal(gradient(limit=1e9, key="b")[1], truth[1])
+
+
+def test_two_runs_that_make_room_at_once(monkeypatch):
+    """The other one deletes a folder that this one has just listed."""
+    make_base()
+    truth = gradient(limit=1e9)
+    size = sum(path.stat().st_size for path in CACHE.rglob("*.safetensors"))
+    last_used = prefix_module._last_used
+
+    def delete_and_look(folder):
+        shutil.rmtree(folder)
+        return last_used(folder)
+
+    monkeypatch.setattr(prefix_module, "_last_used", delete_and_look)
+    assert torch.equal(gradient(limit=size * 1.5, key="b")[1], truth[1])
