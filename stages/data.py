@@ -1,6 +1,7 @@
 """Fetch one dataset and split it: `python -m stages.data NAME`.
 
-Writes data/NAME/train.jsonl, eval.jsonl and tune.jsonl, which share no question, and reports/data/NAME.json.
+Writes data/NAME/train.jsonl, eval.jsonl and tune.jsonl, which share no question, and reports/data/NAME.json. A mix has
+a file more, mix.json: each part's share of what is seen in training.
 """
 
 import json
@@ -14,6 +15,7 @@ from stages.files import DATA, REPORTS, publish, sha256, write_json
 from stages.project.params import load_params
 from stages.records.record import Record, answer, question
 from stages.records.source import Source
+from stages.records.sources.mix import Mix
 
 
 def main(name: str) -> None:
@@ -24,6 +26,8 @@ def main(name: str) -> None:
     with publish(DATA / name) as folder:
         for part, records in dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}").items():
             counts[part], characters[part] = _write(records, folder / f"{part}.jsonl")
+        if isinstance(dataset, Mix):
+            write_json(folder / "mix.json", dataset.weights())
     parts = ("train", "eval", "tune")
     report: dict[str, Any] = {part: counts[part] for part in parts}
     report |= {f"{part}_characters": characters[part] for part in parts}

@@ -5,8 +5,8 @@ be trained has a larger loss than a reference that has learned what is wanted; w
 already, has no such excess. Rho-1 chooses again in every batch. Here the model that training starts from chooses once,
 so that the choice is a dataset: versioned, to be looked at, and open to any stage.
 
-Writes data/NAME, which has the splits of the dataset that it selects from and new weights for the training tokens,
-and reports/data/NAME.json.
+Writes data/NAME, which has the splits of the dataset that it selects from (and its parts, if it is a mix) and new
+weights for the training tokens, and reports/data/NAME.json.
 """
 
 import json
@@ -46,6 +46,8 @@ def main(name: str) -> None:
     with publish(DATA / name) as folder:
         for split in ("eval", "tune"):
             shutil.copy(DATA / selection.dataset / f"{split}.jsonl", folder)
+        if (mix := DATA / selection.dataset / "mix.json").exists():
+            shutil.copy(mix, folder)
         with (folder / "train.jsonl").open("w", encoding="utf-8") as lines:
             for record, example in zip(records, chosen, strict=True):
                 part = {"part": record["part"]} if "part" in record else {}

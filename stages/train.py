@@ -4,9 +4,11 @@ Writes checkpoints/NAME, a PEFT adapter with stage.json (what it is and where it
 curve and metrics in reports/train. Killed at any instant, it goes on from its last saved step to the same bits.
 """
 
+import hashlib
 import importlib.metadata
 import json
-import re
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,20 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from stages.errors import MistakeError, run
-from stages.files import BASE, CHECKPOINTS, DATA, REPORTS, publish, read_json, sha256, write_json, write_text
+from stages.files import BASE, CHECKPOINTS, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.models.layers import select
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.losses import pad
 from stages.project.params import Params, load_params
 from stages.records.lines import load_split
-from stages.records.tokens import Example, encode
+from stages.records.tokens import Example
 from stages.settings.ranges import numbers
 from stages.settings.stage import Imported, Stage, Training
-from stages.training.batches import REPLAY, Source, derive_seed, sources
+from stages.training.batches import Source, derive_seed, encode_split, hash_of, replays, sources
 from stages.training.importing import import_adapter
 from stages.training.loop import fit
 from stages.training.prefix import Prefix
-from stages.training.protection import input_bases, save_bases
+from stages.training.protection import BASES, input_bases, save_bases
 from stages.training.quantize import quantize
 from stages.training.resume import resume_folder
 from stages.training.shard import load_everywhere, shard
@@ -40,46 +42,41 @@ from stages.weights.checkpoint import open_checkpoint
 REMEMBERED_BATCHES = 16
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 DIVIDED = (DistributedType.FSDP,)
+OURS = "STRATA_LAUNCHED"  # the stage whose launcher was started: some launchers start one process and tell it nothing
+LAUNCHED = {OURS, "LOCAL_RANK", "WORLD_SIZE"}  # what a process finds in its environment that a launcher has started
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def main(name: str) -> None:
     """Train stage `name` and publish its checkpoint and loss curve."""
     settings = load_params()
     stage: Stage = settings.find("stages", name)
+    if isinstance(stage, Imported):
+        write_reports(name, {"trained_parameters": import_adapter(name, stage, lineage(stage.parent))}, [])
+        return
+    assert isinstance(stage, Training)
+    launch(name, settings.launch, stage.processes)
     dtype = compute_dtype()
     # On a CPU accelerate takes every process for the only one, unless it is told.
     accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    if isinstance(stage, Imported):
-        if accelerator.is_main_process:
-            write_reports(name, {"trained_parameters": import_adapter(name, stage)}, [])
-        return
-    assert isinstance(stage, Training)
+    check_processes(name, stage, accelerator)
     torch.set_num_threads(settings.thread_count)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Every new tensor would be written once for nothing, which takes 3 % of the time.
+    # Deterministic mode fills every new tensor; switching that off saves 3 % of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # One seed for all stages would give them the same A matrices, which looks like agreement.
     seed = derive_seed(settings.seed, name)
     set_seed(seed)
     record = describe(name, stage, settings, seed)
-    in_4bit, divided = getattr(stage, "load_in_4bit", False), accelerator.distributed_type in DIVIDED
-    check_launch(name, settings.launch, accelerator, in_4bit)
-    if divided:
-        load_everywhere()
     code = sha256(sorted(Path("stages").rglob("*.py")))
-    with resume_folder(record | {"code": code}, accelerator) as work:
-        model = put_on(stage, load_parent(stage, dtype), dtype)
+    with resume_folder(record | {"code": code, "device": accelerator.device.type}, accelerator) as work:
+        model = build(stage, dtype, accelerator)
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shown = sources(settings, name, stage, seed)
-        if divided:
-            shard(model, accelerator)
-        else:
-            model.to(accelerator.device)
-        if in_4bit:
-            quantize(model, dtype)
-        key = {"parent": lineage(stage.parent), "dtype": dtype, "4bit": in_4bit, "torch": torch.__version__}
-        # A process that finds a batch skips layers that the others wait for, so divided layers are not kept.
-        prefix = Prefix(model, key, 0 if divided else settings.prefix_cache * 1e9)
+        key = {key: record[key] for key in ("lineage", "threads", "versions")}
+        key |= {"dtype": dtype, "device": accelerator.device.type, "4bit": in_4bit(stage)}
+        # The cache is off with FSDP: a hit would skip layers whose weights the other processes are waiting to gather.
+        prefix = Prefix(model, key, 0 if is_divided(accelerator) else settings.prefix_cache * 1e9)
         curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning(stage, name), title=name)
         bases = remember_inputs(model, stage, shown, accelerator) if stage.remember else None
         if accelerator.is_main_process:
@@ -88,50 +85,89 @@ def main(name: str) -> None:
                 record["sha256"] = sha256([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
                 if bases:
                     save_bases(bases, folder)
+                    record["inputs_sha256"] = sha256([folder / BASES])
                 write_json(folder / "stage.json", record)
             write_reports(name, record, curve, cut=sum(source.cut for source in shown))
 
 
-def check_launch(name: str, launch: str, accelerator: Accelerator, in_4bit: bool) -> None:
+def launch(name: str, command: str, processes: int) -> None:
+    """Become the launcher that starts this stage's processes, where there are to be several or the user has one.
+
+    Args:
+        name: of the stage.
+        command: `launch` of params.yaml; `python` and `torchrun` alone start as many processes as the stage asks for.
+        processes: of the stage.
+
+    Raises:
+        MistakeError: there is no such command.
+    """
+    own = command not in ("python", "torchrun")
+    if LAUNCHED & os.environ.keys() or (processes == 1 and not own):
+        return
+    words = shlex.split(command) if own else ["python", *TORCHRUN, str(processes)]
+    program, *rest = [sys.executable if word == "python" else word for word in words]
+    os.environ[OURS] = name
+    try:
+        os.execvp(program, [program, *rest, "-m", "stages.train", name])
+    except OSError as error:
+        raise MistakeError(
+            f"params.yaml: launch starts with {program!r}, which does not start ({error.strerror}); write python,"
+            " torchrun or a command that is installed"
+        ) from None
+
+
+def check_processes(name: str, stage: Training, accelerator: Accelerator) -> None:
     """Refuse what several processes cannot do together.
 
     Raises:
-        MistakeError: the launcher started another number of processes than it was asked for, trains in a way that is
+        MistakeError: the launcher started another number of processes than the stage asks for, trains in a way that is
             not known here, or divides a model in four bits.
     """
     kind, started = accelerator.distributed_type, accelerator.num_processes
-    asked = re.search(r"--num_processes[= ](\d+)", launch)
-    if asked and int(asked[1]) != started:
+    if started != stage.processes:
         raise MistakeError(
-            f"params.yaml: launch asks for {asked[1]} processes and gets {started}, for accelerate starts no more on a"
-            f" CPU; write launch: torchrun --nproc_per_node {asked[1]}"
+            f"params.yaml: stages.{name}.processes is {stage.processes}, but launch started {started}; write processes:"
+            f" {started}, or launch: torchrun, which starts as many as a stage asks for"
         )
     if kind not in REPLICATED + DIVIDED:
         raise MistakeError(
             f"params.yaml: launch asks for {kind.value}, which is not known here; take a config with distributed_type"
             " MULTI_GPU or FSDP, or python"
         )
-    if kind in DIVIDED and in_4bit:
+    if is_divided(accelerator) and in_4bit(stage):
         raise MistakeError(
             f"params.yaml: stages.{name}.load_in_4bit does not go with launch, which asks for {kind.value}: four bits"
             " cannot be divided among processes; remove the key, or take a config with distributed_type MULTI_GPU"
         )
 
 
+def is_divided(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the frozen weights alone (FSDP)."""
+    return accelerator.distributed_type in DIVIDED
+
+
+def in_4bit(stage: Training) -> bool:
+    """Whether the frozen matrices are held in four bits, as some methods can."""
+    return getattr(stage, "load_in_4bit", False)
+
+
+def is_tuned(stage: Training) -> bool:
+    """Whether the stage looks at its dataset's tuning split."""
+    return stage.keep == "best" or stage.patience is not None
+
+
 def describe(name: str, stage: Training, settings: Params, seed: int) -> dict[str, Any]:
-    """What stage.json tells before training: lineage, data, layers, seed, versions."""
-    parent = read_json(CHECKPOINTS / stage.parent / "stage.json")
+    """The part of stage.json that is known before training: lineage, data, layers, seed, versions."""
     num_layers = read_json(BASE / "stage.json")["layers"]
-    datasets = [
-        stage.dataset,
-        *(settings.stages[a].dataset for a in settings.ancestors(name) if stage.replay),
-    ]
+    data = {stage.dataset: hash_of(stage.dataset, ["train", "tune"] if is_tuned(stage) else ["train"])}
+    data |= {dataset: hash_of(dataset) for dataset in replays(settings, name, stage)}
     return {
         "name": name,
         "parent": stage.parent,
-        "parent_sha256": parent["sha256"],
+        "parent_sha256": read_json(CHECKPOINTS / stage.parent / "stage.json")["sha256"],
+        "lineage": lineage(stage.parent),
         "dataset": stage.dataset,
-        "dataset_sha256": {d: sha256([DATA / d / "train.jsonl"]) for d in dict.fromkeys(datasets)},
+        "dataset_sha256": data,
         "method": stage.method,
         "layers": numbers(stage.layers, num_layers),
         "settings": stage.model_dump(exclude={"parent", "dataset", "method"}),
@@ -139,6 +175,34 @@ def describe(name: str, stage: Training, settings: Params, seed: int) -> dict[st
         "threads": settings.thread_count,
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},
     }
+
+
+def lineage(name: str) -> dict[str, str]:
+    """A hash of the base and of every stage down to `name`, the base first: of all that a descendant may read of it.
+
+    Of a stage these are its adapter, the inputs that it remembers and its data. Of the base all but the weights are
+    small files, and stage.json among them has the weights' hash.
+    """
+    if name == "base":
+        small = (file for file in BASE.rglob("*") if file.is_file() and file.suffix != ".safetensors")
+        return {name: sha256(sorted(small))}
+    record = read_json(CHECKPOINTS / name / "stage.json")
+    read = {key: record.get(key) for key in ("sha256", "inputs_sha256", "dataset_sha256")}
+    return lineage(record["parent"]) | {name: hashlib.sha256(json.dumps(read).encode()).hexdigest()}
+
+
+def build(stage: Training, dtype: torch.dtype, accelerator: Accelerator) -> PeftModel:
+    """The parent with the stage's adapter on it, where it trains."""
+    divided = is_divided(accelerator)
+    if divided:
+        load_everywhere()
+    model = put_on(stage, load_parent(stage, dtype), dtype)
+    if divided:
+        shard(model, accelerator)
+        return model
+    if in_4bit(stage):
+        quantize(model, dtype, accelerator.device)
+    return model.to(accelerator.device)
 
 
 def load_parent(stage: Training, dtype: torch.dtype) -> PreTrainedModel:
@@ -154,7 +218,7 @@ def load_parent(stage: Training, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
-    """Wrap the model in the stage's adapter, then hold what is frozen in `dtype`.
+    """Wrap the model in the stage's adapter, then cast the frozen weights to `dtype`.
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
     """
@@ -170,24 +234,20 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     return wrapped.train()
 
 
-def lineage(name: str) -> list[str]:
-    """Hashes of the base and of every stage down to `name`: what its effective weights depend on."""
-    record = read_json(CHECKPOINTS / name / "stage.json")
-    return [*(lineage(record["parent"]) if name != "base" else []), record["sha256"]]
-
-
 def tuning(stage: Training, name: str) -> list[Example] | None:
-    """Examples of the dataset's tuning split, where the stage keeps its best step."""
-    if stage.keep == "last" and stage.patience is None:
+    """Examples of the dataset's tuning split, where the stage looks at it.
+
+    Raises:
+        MistakeError: it is empty, or `max_length` cuts off every answer.
+    """
+    if not is_tuned(stage):
         return None
-    records = load_split(stage.dataset, "tune")
-    if not records:
+    if not load_split(stage.dataset, "tune"):
         raise MistakeError(
             f"params.yaml: stages.{name} looks for its best step, but tune is 0 in its dataset {stage.dataset!r}; give"
             " the tuning split some records, such as 50"
         )
-    tokenizer = load_tokenizer()
-    return [encode(record, tokenizer, stage.max_length) for record in records]
+    return list(encode_split([stage.dataset], "tune", name, stage))
 
 
 def remember_inputs(
@@ -195,7 +255,7 @@ def remember_inputs(
 ) -> dict[str, torch.Tensor]:
     """A basis of what the stage's own examples put into each weight matrix, for later stages to protect."""
     filler = load_tokenizer().pad_token_id
-    shown = [source.batch(step) for source in sources if source.name != REPLAY for step in range(REMEMBERED_BATCHES)]
+    shown = [source.batch(step) for source in sources if not source.replayed for step in range(REMEMBERED_BATCHES)]
     batches = (pad(examples, filler, accelerator.device) for examples in shown)
     architecture = open_checkpoint("base", {}).base.architecture
     matrices = [path for path in architecture.select("all") if architecture.is_matrix(path)]

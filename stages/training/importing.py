@@ -8,14 +8,20 @@ from typing import Any
 from stages.files import BASE, CHECKPOINTS, publish, read_json, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
+from stages.training.batches import hash_of
 from stages.weights.adapter import Adapter
 from stages.weights.checkpoint import Checkpoint
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def import_adapter(name: str, stage: Imported) -> int:
+def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     """Publish checkpoints/NAME from the adapter that the stage names, once it is known to fit the base.
+
+    Args:
+        name: of the stage.
+        stage: its settings.
+        lineage: hash of the base, by its name.
 
     Returns:
         How many numbers the adapter holds.
@@ -28,17 +34,19 @@ def import_adapter(name: str, stage: Imported) -> int:
     with publish(CHECKPOINTS / name) as folder:
         for file in FILES:
             shutil.copy(source / file, folder / file)
-        write_json(folder / "stage.json", describe(name, stage, adapter, folder))
+        write_json(folder / "stage.json", describe(name, stage, lineage, adapter, folder))
     return adapter.parameters
 
 
-def describe(name: str, stage: Imported, adapter: Adapter, folder: Path) -> dict[str, Any]:
+def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:
     """stage.json of an imported adapter: where it comes from, and what it changes."""
     return {
         "name": name,
         "parent": stage.parent,
         "parent_sha256": read_json(BASE / "stage.json")["sha256"],
+        "lineage": lineage,
         "dataset": stage.dataset,
+        "dataset_sha256": {stage.dataset: hash_of(stage.dataset)},  # a later stage may replay it
         "method": stage.method,
         "layers": sorted({adapter.architecture.place(path)[0] for path in adapter.modules} - {OUTSIDE}),
         "settings": stage.model_dump(exclude={"parent", "dataset", "method", "layers"}),

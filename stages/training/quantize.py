@@ -17,14 +17,16 @@ from stages.models.architecture import OUTSIDE, layer_stack, place
 BLOCK = 64  # numbers that share a scale
 
 
-def quantize(model: Any, dtype: torch.dtype) -> None:
-    """Hold every frozen weight matrix [out, in] of the layers in NF4, BLOCK numbers to one scale.
+def quantize(model: Any, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Move every frozen weight matrix [out, in] of the layers to `device`, in NF4 with BLOCK numbers to one scale.
 
-    Those whose inputs are no multiple of BLOCK stay as they are.
+    Those whose inputs are no multiple of BLOCK stay as and where they are, and so does all else. One matrix at a time
+    is on the device in full, for the model may not fit on it.
 
     Args:
-        model: a causal language model wrapped by PEFT, on the device that it trains on.
+        model: a causal language model wrapped by PEFT, in main memory.
         dtype: what is computed in.
+        device: that it trains on.
 
     Raises:
         MistakeError: bitsandbytes is not installed.
@@ -48,4 +50,4 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
         weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         smaller.weight, smaller.bias = weight, module.bias
         owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, smaller.to(module.weight.device))
+        setattr(model.get_submodule(owner), name, smaller.to(device))

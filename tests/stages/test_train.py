@@ -1,17 +1,20 @@
 """Training: gradients, frozen layers, replay, resume and reload, against plain torch where there is a truth."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from stages import base, data, train
 from stages.errors import MistakeError
@@ -178,6 +181,15 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(project):
     assert sha256([weights]) == truth
 
 
+def write(*changes):
+    """Change the tiny project's params.yaml."""
+    text = Path("params.yaml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    Path("params.yaml").write_text(text)
+
+
 def test_answers_that_never_fit_are_refused(project):
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    max_length: 2"))
     prepare()
@@ -193,27 +205,54 @@ def test_a_rate_that_explodes_is_refused_and_leaves_no_checkpoint(project):
     assert not weights.exists()
 
 
-def test_a_launcher_that_is_not_known_is_refused(project, monkeypatch):
-    prepare()
-    monkeypatch.setattr(train.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(MistakeError, match="launch asks for DEEPSPEED, which is not known here"):
-        train.main("sums")
+def test_matrices_are_made_smaller_before_anything_is_on_the_device(monkeypatch):
+    make_base()
+    stage, seen = make_stage("lora", load_in_4bit=True), []
+    monkeypatch.setattr(
+        train, "quantize", lambda model, dtype, device: seen.append((device, {p.device for p in model.parameters()}))
+    )
+    place = SimpleNamespace(device=torch.device("meta"), distributed_type=DistributedType.NO)
+    model = train.build(stage, torch.float32, place)
+    assert seen == [(place.device, {torch.device("cpu")})]
+    assert {p.device for p in model.parameters()} == {place.device}
 
 
-def test_a_launcher_that_starts_too_few_processes_is_told(project):
-    Path("params.yaml").write_text(
-        Path("params.yaml").read_text().replace("launch: python", "launch: accelerate launch --cpu --num_processes 2")
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (1, 0.0), (2, 0.1), (2, 0.99), (5, 0.9), (80, 0.1), (50, 0.1)])
+def test_some_step_of_every_stage_has_a_rate_and_enough_steps_have_transformers_own(steps, warmup, schedule):
+    make_base()
+    stage = make_stage(steps=steps, warmup=warmup, schedule=schedule)
+    run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+
+    def rates(schedule, optimizer):
+        found = []
+        for _ in range(steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    own = rates(run.schedule, run.optimizer)
+    assert max(own) > 0
+    if math.ceil(warmup * steps) < steps:
+        other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
+        assert own == rates(get_scheduler(schedule, other, math.ceil(warmup * steps), steps), other)
+
+
+def test_one_step_trains(project):
+    write(("steps: 25", "steps: 1"))
+    weights = prepare()
+    train.main("sums")
+    assert any(tensor.any() for name, tensor in load_file(weights).items() if ".lora_B." in name)
+
+
+def test_a_tuning_split_that_max_length_cuts_is_refused(project):
+    write(
+        ("path: sums.jsonl\n    train: 40", "path: sums.jsonl\n    tune: 5\n    train: 40"),
+        ("rank: 4", "rank: 4\n    keep: best\n    max_length: 6"),
     )
     prepare()
-    with pytest.raises(MistakeError, match=r"launch asks for 2 processes and gets 1.*torchrun --nproc_per_node 2"):
-        train.main("sums")
-
-
-def test_four_bits_are_not_divided(project, monkeypatch):
-    Path("params.yaml").write_text(
-        Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    load_in_4bit: true")
-    )
-    prepare()
-    monkeypatch.setattr(train.Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(MistakeError, match=r"stages.sums.load_in_4bit does not go with launch, which asks for FSDP"):
+    records = [{"prompt": "123456", "completion": "7"}] * 5
+    Path("data/sums/tune.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(MistakeError, match=r"stages.sums.max_length 6 cuts off every answer of sums"):
         train.main("sums")

@@ -50,6 +50,8 @@ def load_base():
 
 def imported(keys: str = "") -> None:
     """A project whose stage `sums` is the adapter in outside/, pinned, and train it."""
+    Path("data/sums").mkdir(parents=True, exist_ok=True)
+    Path("data/sums/train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
     start, end = PARAMS.index("    method: lora"), PARAMS.index("  words:\n    parent")
     keys = keys or f"    path: outside\n    sha256: {content(Path('outside'))}\n"
     Path("params.yaml").write_text(PARAMS[:start] + "    method: import\n" + keys + PARAMS[end:])
@@ -101,6 +103,8 @@ def test_its_record_tells_where_it_comes_from_and_its_layers(outside):
     tensors = load_file("outside/adapter_model.safetensors")
     assert record["trained_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert json.loads(Path("reports/train/sums.curve.json").read_text()) == []
+    assert record["dataset_sha256"] == {"sums": sha256([Path("data/sums/train.jsonl")])}
+    assert list(record["lineage"]) == ["base"]
 
 
 def test_a_changed_adapter_is_never_taken_for_the_old_one(outside):

@@ -20,7 +20,7 @@ from stages.training import loop
 from stages.training.batches import Source
 from stages.training.loop import Run, is_stale
 from tests.conftest import ROOT, kill_once_saved, make_base
-from tests.stages.test_train import make_examples, make_stage, prepare
+from tests.stages.test_train import make_examples, make_stage, prepare, write
 
 
 def gradient_of(weights, ids=(5, 6, 7, 8, 9)):
@@ -153,13 +153,9 @@ def test_patience():
     assert not is_stale(curve(1, 2, 3), None)
 
 
-# `launch: torchrun --nproc_per_node 2`, on a free port, for several tests may launch at once.
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def run_train(name):
+def run_train(name, *program):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *LAUNCH, "-m", "stages.train", name]
+    command = [sys.executable, *(program or ("-m", "stages.train")), name]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -184,25 +180,26 @@ train.main(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(project):
-    Path("params.yaml").write_text(
-        Path("params.yaml").read_text().replace("rank: 4", "rank: 4\n    micro_batch_size: 4")
-    )
+    write(("rank: 4", "rank: 4\n    micro_batch_size: 4"))
     prepare()
     train.main("sums")
     one = curve_of("sums")
+    write(("rank: 4", "rank: 4\n    processes: 2"))
     Path("counted.py").write_text(COUNTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "counted.py", "sums"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_train("sums", *train.TORCHRUN, "2", "counted.py")
+    assert done.wait() == 0, done.stderr.read()
     assert [Path(f"process{rank}").read_text() for rank in range(2)] == ["MULTI_CPU 2 100"] * 2  # 25 steps of 4 and 4
     assert curve_of("sums") == pytest.approx(one, rel=1e-4) and len(one) == 25
 
 
-def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project):
-    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 25", "steps: 200"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project, dropout):
+    write(("steps: 25", "steps: 200"), ("rank: 4", f"rank: 4\n    dropout: {dropout}\n    processes: 2"))
+    # Pieces of three of eight examples are three, so one process draws more random numbers than the other.
+    write(("rank: 4", "rank: 4\n    micro_batch_size: 3"))
     weights = prepare()
     assert run_train("sums").communicate() and weights.exists()
     truth = sha256([weights])
@@ -213,6 +210,8 @@ def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project):
     process.communicate()
     assert not weights.exists()
 
-    errors = run_train("sums").communicate()[1]
+    done = run_train("sums")
+    errors = done.communicate()[1]
+    assert done.returncode == 0, errors
     assert " 0/200" not in errors  # it did not start again
     assert sha256([weights]) == truth

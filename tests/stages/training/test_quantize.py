@@ -41,7 +41,7 @@ def made(method="lora", architecture="wide"):
     stage = make_stage(method, load_in_4bit=True, steps=25)
     torch.manual_seed(0)
     model = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), torch.float32)
-    quantize(model, torch.float32)
+    quantize(model, torch.float32, "cpu")
     return stage, model
 
 

@@ -1,8 +1,5 @@
 """Frozen weights divided between two processes: against one that holds them all."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,8 @@ from stages import train
 from stages.files import CHECKPOINTS
 from stages.project.params import load_params
 from stages.training.protection import BASES
-from tests.conftest import ROOT
-from tests.stages.test_train import prepare
-from tests.stages.training.test_loop import LAUNCH, curve_of
+from tests.stages.test_train import prepare, write
+from tests.stages.training.test_loop import curve_of, run_train
 
 # Accelerate knows FSDP on accelerators only. Here two processes of a CPU are told to do what they would do there, in
 # the environment that its launcher makes; each leaves how many numbers of the frozen weights it holds.
@@ -43,10 +39,11 @@ train.main(sys.argv[1])
         ("full", ""),
     ],
 )
-def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, method, keys):
-    content = Path("params.yaml").read_text().replace("steps: 25", "steps: 8").replace("lr: 1.0e-2", "lr: 1.0e-3")
-    Path("params.yaml").write_text(
-        content.replace("method: lora\n    layers: 0-1\n    rank: 4", f"method: {method}\n    layers: 2-3{keys}")
+def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, method, keys, monkeypatch):
+    write(
+        ("steps: 25", "steps: 8"),
+        ("lr: 1.0e-2", "lr: 1.0e-3"),
+        ("method: lora\n    layers: 0-1\n    rank: 4", f"method: {method}\n    layers: 2-3{keys}"),
     )
     weights = prepare()
     train.main("sums")
@@ -56,12 +53,12 @@ def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, m
 
     Path("divided.py").write_text(DIVIDED)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | fsdp
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "divided.py", "sums"], env=environment, capture_output=True, text=True
-    )
-
-    assert done.returncode == 0, done.stderr
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    for name, value in fsdp.items():
+        monkeypatch.setenv(name, value)
+    write(("layers: 2-3", "layers: 2-3\n    processes: 2"))
+    done = run_train("sums", *train.TORCHRUN, "2", "divided.py")
+    assert done.wait() == 0, done.stderr.read()
     assert curve_of("sums") == pytest.approx(curve, rel=1e-4)
     found = load_file(weights)
     assert found.keys() == truth.keys()
