@@ -143,6 +143,15 @@ def test_adapters_change_nothing_and_their_code_goes_with_the_weights(workspace,
     assert distrusted.returncode and "trust_remote_code" in distrusted.stderr  # and not a model without its adapters
 
 
+def test_the_adapters_of_a_base_depend_on_no_seed(workspace):
+    make_base()
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(add_adapters(AutoModelForCausalLM.from_pretrained(BASE), 8).state_dict())
+    assert all(torch.equal(weights, made[1][name]) for name, weights in made[0].items())
+
+
 def test_adapters_are_refused_where_there_is_no_class_with_them(workspace):
     make_base("gpt2")
     with pytest.raises(MistakeError, match=r"base.adapter_size is 8, but GPT2LMHeadModel has no class with adapters"):
