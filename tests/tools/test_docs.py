@@ -1,6 +1,11 @@
 """What docs/ tells of the code is what the code says, and the schema knows right from wrong."""
 
 import copy
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
@@ -143,3 +148,45 @@ def test_the_schema_says_what_is_wrong_with_a_key_of_a_method(validator):
     found = best_match(validator.iter_errors(edited("stages.arithmetic.rnk", 8)))
     told = [error.message for error in found.context or [] if "rnk" in error.message and "const" not in error.message]
     assert any("Additional properties are not allowed" in message for message in told)
+
+
+EXAMPLE = re.compile(r"^([^\n`]*`[^\n]*)\n\n```(?:python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PLACES = {  # what stands above an example that is no file: its file, and the line that it follows or begins with
+    "Its row in `ROWS` of `tests/stages/methods/": ("tests/stages/methods/test_matrix.py", "ROWS = {"),
+    "Its row in `ROWS` of `tests/stages/merging/": ("tests/stages/merging/test_methods.py", "ROWS = {"),
+    "A part, and a metric": ("analysis/changes/metrics.py", "METRICS = ["),
+    "A line of `test_relative": (
+        "tests/analysis/changes/test_deltas.py",
+        "        size = norm(stored(key) for key in delta)",
+    ),
+    "Its entry in `dvc.yaml`": ("dvc.yaml", "stages:"),
+}
+
+
+def put_in(title: str, code: str) -> None:
+    """Write an example where the page says that it goes."""
+    if found := re.fullmatch(r"`(\S+)`", title):
+        Path(found[1]).write_text(code)
+        return
+    path, line = next(place for start, place in PLACES.items() if title.startswith(start))
+    text, line = Path(path).read_text(), f"\n{line}\n"
+    assert text.count(line) == 1, f"{path} has not one line {line!r}"
+    Path(path).write_text(text.replace(line, f"\n{code}" if line in code else line + code))
+
+
+@pytest.mark.slow
+def test_the_examples_of_extending_work(workspace):
+    for name in ("stages", "analysis", "tools", "tests", "docs"):
+        shutil.copytree(ROOT / name, workspace / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, workspace / name)
+    examples = EXAMPLE.findall(Path("docs/extending.md").read_text(encoding="utf-8"))
+    assert len(examples) == 10
+    for title, code in examples:
+        put_in(title, code)
+    files = [f"tests/stages/{name}" for name in ("methods", "merging/test_methods.py", "records/test_folder.py")]
+    files += ["tests/analysis/changes/test_deltas.py", "tests/test_dvc.py"]
+    names = "row or loha or median or test_folder or relative_change or count"
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", *files, "-k", names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stdout
