@@ -17,7 +17,7 @@ from stages.files import write_json
 from stages.models.loading import compute_dtype, load_model, load_tokenizer
 from stages.project.params import load_params
 from stages.records.lines import load_split
-from stages.score import mean_loss
+from stages.models.scoring import mean_loss
 from stages.weights.checkpoint import open_stages
 
 FACTS = 48

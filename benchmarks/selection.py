@@ -18,7 +18,7 @@ from stages.files import write_json
 from stages.models.loading import compute_dtype, load_model, load_tokenizer
 from stages.project.params import load_params
 from stages.records.lines import load_split
-from stages.score import score
+from stages.models.scoring import score
 from stages.weights.checkpoint import open_stages
 
 RIGHT, MIXED, ASKED, KEEP = 200, 800, 100, 0.5

@@ -27,7 +27,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: strata has no command {name!r}; {nearest(name, COMMANDS)}")
     module = importlib.import_module(f"tools.{name}")
-    parser = argparse.ArgumentParser(f"strata {name}", description=f"Tell {COMMANDS[name]}.")
+    parser = argparse.ArgumentParser(f"strata {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
     module.add_arguments(parser)
     run(module.main, **vars(parser.parse_args(words)))
 

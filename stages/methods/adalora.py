@@ -22,7 +22,9 @@ LEFT = "rank_pattern"
 
 
 class AdaLora(Training):
-    """LoRA in the form of an SVD, whose least useful directions are dropped on the way (arXiv 2303.10512).
+    """LoRA that drops its least useful directions on the way (arXiv 2303.10512).
+
+    Finds which layers need rank; wants 100 steps and more.
 
     It starts with 1.5 times the rank and ends with `rank` on average; the first tenth of the steps drops nothing, and
     the last third trains what is left.

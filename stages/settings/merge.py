@@ -51,7 +51,7 @@ class Merge(Settings):
     """
 
     method: str = "task_arithmetic"
-    """Any of mergekit's, or `tsv_m`, `iso_c`, `iso_cts`, `knots`, `svc`; docs/merging.md compares them."""
+    """Any of mergekit's, or of Strata's own; docs/merging.md compares them."""
     weights: dict[str, Setting] = Field(min_length=1)
     """The stages to merge, each with its weight. A stage brings its own delta and not its ancestors'."""
     parameters: dict[str, ByStage] = {}

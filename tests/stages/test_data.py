@@ -258,7 +258,7 @@ def test_parts_of_a_mix_can_repeat_a_definition_by_an_anchor(project):
     [
         ({}, "datasets.both.parts needs at least one name with its settings below it"),
         ({"a": {"source": "mix", "parts": {}}}, "datasets.both.parts.a.source 'mix' is not known; choose one of file,"),
-        ({"a": {"path": "x"}}, "datasets.both.parts.a.source is missing; choose one of file, hub, reasoning_gym"),
+        ({"a": {"path": "x"}}, "datasets.both.parts.a.source is missing; choose one of file,"),
         ({"a": {"source": "file", "path": "x", "eval": 1}}, "datasets.both.parts.a.weight is missing; add it"),
         ({"a": {"source": "file", "path": "x", "eval": 1, "weight": 0}}, "parts.a.weight is 0; it should be greater"),
         ({"a": {"source": "file", "paht": "x"}}, "datasets.both.parts.a.paht is not a known key; did you mean path?"),
