@@ -66,7 +66,7 @@ def test_shares():
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    eos_token_id = 0
+    eos_token_id, bos_token_id = 0, None
 
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}
