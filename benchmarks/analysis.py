@@ -85,9 +85,8 @@ assert len(table)
 done({})  # it tells of the weights, not of the change
 """,
     "Strata, all of the report about weights": """
-from analysis.deltas import measure
-from analysis.changes.heads import measure_heads
-from stages import params
+from analysis.changes.deltas import measure
+from stages.project.params import load_params
 from stages.merging.merged import Merged, open_merged
 from stages.weights.checkpoint import open_stages
 start = time.perf_counter()
@@ -95,13 +94,12 @@ merge = load_params().merge
 base, stages = open_stages(["first", "middle", "last"])
 exact, file = Merged(base, stages, merge), open_merged(base, stages, merge)
 measure(stages, exact, file)
-measure_heads(stages, exact, file)
 done({})
 """,
 }
 IMPORTS = {  # by the contender's first word
-    "Strata,": "import analysis.deltas, analysis.changes.heads",
-    "dense": "import analysis.deltas",
+    "Strata,": "import analysis.changes.deltas, analysis.changes.heads",
+    "dense": "import analysis.changes.deltas",
     "modeldelta,": "import modeldelta.core.weight_diff, torch",
     "weightwatcher,": "import weightwatcher; from transformers import AutoModelForCausalLM",
 }
@@ -190,7 +188,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="", help="those alone whose names begin like this, such as Strata")
     parser.add_argument("--output", type=Path, help="also write the table to this file, after each contender")
     arguments = parser.parse_args()
-    threads, rows = load_params(ROOT / "params.yaml").threads, []
+    threads, rows = load_params(ROOT / "params.yaml").thread_count, []
     with tempfile.TemporaryDirectory(prefix="strata-") as name:
         folder = Path(name)
         contenders = [contender for contender in CODE if contender.startswith(arguments.contenders)]

@@ -15,9 +15,9 @@ from seeds import each_seed, mean_and_each
 from stages import train
 from stages.files import write_json
 from stages.models.loading import compute_dtype, load_model, load_tokenizer
+from stages.models.scoring import mean_loss
 from stages.project.params import load_params
 from stages.records.lines import load_split
-from stages.models.scoring import mean_loss
 from stages.weights.checkpoint import open_stages
 
 FACTS = 48
@@ -37,11 +37,13 @@ def write(seed: int) -> None:
     source = {"source": "file", "path": "unused.jsonl", "eval": 1}
     content = {
         "seed": seed,
-        "threads": repository.threads,
+        "threads": repository.thread_count,
         "base": repository.base.model_dump(),
         "datasets": {"a": source, "b": source},
         "stages": {"first": COMMON | {"parent": "base", "dataset": "a", "remember": 0.999}} | second,
         "merge": {"weights": {"first": 1.0}},
+        "selections": {},
+        "warn": {},
         "evaluate": {},
     }
     write_json(Path("params.yaml"), content)

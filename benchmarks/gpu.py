@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from stages import base, data, merge, score, train
+from stages import base, data, merge, pick, score, train
 from stages.files import read_json, write_json
 from stages.project.params import load_params
 
@@ -37,6 +37,8 @@ def write(folder: Path) -> None:
         "datasets": {name: dataset.model_dump()},
         "stages": {stage: common | keys for stage, keys in STAGES.items()},
         "merge": {"weights": dict.fromkeys(STAGES, 0.3)},
+        "selections": {},
+        "warn": {},
         "evaluate": {},
     }
     write_json(folder / "params.yaml", content)
@@ -65,7 +67,9 @@ def main() -> None:
             seconds, peak = measured(lambda stage=stage: train.main(stage))
             tokens = read_json(Path(f"reports/train/{stage}.json"))[stage]["tokens"]
             print(f"| train {stage} | {seconds:.1f} | {tokens / seconds:.0f} | {peak:.2f} |", flush=True)
-        for label, work in (("merge", merge.main), ("score", score.main)):
+        for kind in ("data", "checkpoints"):
+            pick.main(kind)
+        for label, work in (("merge", merge.main), ("score", lambda: score.main("merged"))):
             seconds, peak = measured(work)
             print(f"| {label} | {seconds:.1f} | – | {peak:.2f} |", flush=True)
 

@@ -16,9 +16,9 @@ from seeds import each_seed, mean_and_each
 from stages import select, train
 from stages.files import write_json
 from stages.models.loading import compute_dtype, load_model, load_tokenizer
+from stages.models.scoring import score
 from stages.project.params import load_params
 from stages.records.lines import load_split
-from stages.models.scoring import score
 from stages.weights.checkpoint import open_stages
 
 RIGHT, MIXED, ASKED, KEEP = 200, 800, 100, 0.5
@@ -37,12 +37,13 @@ def write(seed: int) -> None:
     source = {"source": "file", "path": "unused.jsonl", "eval": ASKED}
     content: dict[str, Any] = {
         "seed": seed,
-        "threads": repository.threads,
+        "threads": repository.thread_count,
         "base": repository.base.model_dump(),
         "datasets": dict.fromkeys(("few", "mixed", "right"), source),
         "selections": {"chosen": {"dataset": "mixed", "parent": "base", "reference": "few", "keep": KEEP}},
         "stages": {dataset: COMMON | {"dataset": dataset} for dataset in STAGES.values()},
         "merge": {"weights": {"few": 1.0}},
+        "warn": {},
         "evaluate": {},
     }
     write_json(Path("params.yaml"), content)

@@ -141,11 +141,13 @@ def write_params(
     weights = dict.fromkeys(merged, 1.0)
     content = {
         "seed": 0,
-        "threads": repository.threads,
+        "threads": repository.thread_count,
         "base": {"model": "bundled:smollm2-135m-instruct", "dtype": "bfloat16"},
         "datasets": {name: dataset.model_dump()},
         "stages": {stage: common | _keys(told, depth) for stage, told in stages.items()},
         "merge": {"method": method, "weights": weights, "parameters": parameters, "dtype": "bfloat16"},
+        "selections": {},
+        "warn": {},
         "evaluate": {},
     }
     write_json(folder / "params.yaml", content)

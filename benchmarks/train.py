@@ -41,7 +41,7 @@ IMPORTS = {
 STRATA = """
 import json, sys, time
 import stages.training.loop, stages.train
-fit, step, ends = stages.train.fit, stages.loop.Run.step, []
+fit, step, ends = stages.train.fit, stages.training.loop.Run.step, []
 def stepped(*args):
     point = step(*args)
     ends.append(time.perf_counter())
@@ -52,7 +52,7 @@ def timed(*args, **kwargs):
     print(f"\\nseconds {time.perf_counter() - start}\\nlosses {json.dumps([point['loss'] for point in curve])}")
     print("ends", json.dumps([end - start for end in ends]))
     return curve
-stages.loop.Run.step, stages.train.fit = stepped, timed
+stages.training.loop.Run.step, stages.train.fit = stepped, timed
 stages.train.main("one")
 """
 OTHERS = """
@@ -61,13 +61,14 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from stages import layers, params
+from stages.models.layers import select
+from stages.project.params import load_params
 name, dtype = sys.argv[1:]
 settings = load_params(); stage = settings.stages["one"]
 torch.set_num_threads(settings.thread_count)
 set_seed(int(open("seed").read()))
 model = AutoModelForCausalLM.from_pretrained("checkpoints/base", dtype=torch.float32)
-config = stage.adapter_config(model, layers.select(model, stage.layers))
+config = stage.adapter_config(model, select(model, stage.layers))
 rows = [json.loads(line) for line in open("batches.jsonl")]
 if dtype == "bfloat16":  # as Strata does: what is frozen in bfloat16, what is trained in float32
     model = get_peft_model(model, config)
@@ -134,11 +135,13 @@ def write(folder: Path, layers: str, dtype: str) -> None:
     stage = {"parent": "base", "dataset": "text", "method": "lora", "layers": layers, **SETTINGS}
     content = {
         "seed": 0,
-        "threads": repository.threads,
+        "threads": repository.thread_count,
         "base": {"model": "bundled:smollm2-135m-instruct", "dtype": dtype},
         "datasets": {"text": {"source": "file", "path": "text.jsonl", "eval": 1}},
         "stages": {"one": stage | {"steps": EXAMPLES // SETTINGS["batch_size"] * PASSES}},
         "merge": {"weights": {"one": 1.0}},
+        "selections": {},
+        "warn": {},
         "evaluate": {},
     }
     write_json(folder / "params.yaml", content)
