@@ -106,7 +106,7 @@ class Contest:
     def merge_and_unload(self, stages: list[str], out: Path) -> Cost | None:
         """Apply the adapters to a whole model with PEFT and save it."""
         folders = [str(self.folder / "checkpoints" / name) for name in ("base", *stages)]
-        command = [sys.executable, "-c", MERGE_AND_UNLOAD, str(self.thread_count), folders[0], str(out), *folders[1:]]
+        command = [sys.executable, "-c", MERGE_AND_UNLOAD, str(self.threads), folders[0], str(out), *folders[1:]]
         return self.run("PEFT", command, out)
 
 
@@ -168,7 +168,7 @@ def compare(contest: Contest, method: MergeMethod) -> Row:
     strata = contest.run("Strata", [sys.executable, "-c", STRATA], ours)
     write_mergekit_config(contest, method, stages)
     tool = str(Path(sys.executable).with_name("mergekit-yaml"))
-    command = [tool, "mergekit.yaml", str(theirs), "-j", str(contest.thread_count), "--random-seed", "0", "--quiet"]
+    command = [tool, "mergekit.yaml", str(theirs), "-j", str(contest.threads), "--random-seed", "0", "--quiet"]
     alone = contest.run("mergekit", command, theirs)
     whole = alone
     for stage in stages:
@@ -225,7 +225,7 @@ def facts(contest: Contest) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in ("mergekit", "peft", "torch", "transformers"))
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, Python {platform.python_version()},"
-        f" {versions}; {contest.thread_count} threads; mergekit computes in {contest.mergekit_dtype}, all files are"
+        f" {versions}; {contest.threads} threads; mergekit computes in {contest.mergekit_dtype}, all files are"
         f" bfloat16; error over {SAMPLE} touched tensors; fastest of {contest.repeats} run(s)."
     )
 
