@@ -49,5 +49,6 @@ def quantize(model: Any, dtype: torch.dtype, device: torch.device | str) -> None
         )
         weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         smaller.weight, smaller.bias = weight, module.bias
+        smaller.support_avx512bf16_for_cpu = False  # it repacks weights in evaluation, and has no gradient from then on
         owner, _, name = path.rpartition(".")
         setattr(model.get_submodule(owner), name, smaller.to(device))

@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, write_json
 from stages.train import put_on
+from stages.training.loop import Run
 from stages.training.quantize import quantize
 from stages.weights.checkpoint import open_stages
 from tests.conftest import ARCHITECTURES, COMMON, make_base
@@ -90,6 +92,36 @@ def test_an_adapter_learns_on_it_and_is_saved_for_the_exact_weights(workspace, m
         summed = base.module(path)["weight"] + delta
         size = adapter.lora_magnitude_vector["default"].weight / summed.norm(dim=1)
         assert torch.allclose(one.module(path)["weight"], summed * size[:, None], atol=1e-5)
+
+
+def test_an_evaluation_between_two_steps_changes_no_gradient_and_they_are_those_of_the_rounded_weights():
+    stage, model = made()
+    run = Run(model, stage, Accelerator())
+
+    def gradients():
+        run.together([make_examples()])
+        found = [p.grad.clone() for p in run.trained.values()]
+        run.optimizer.zero_grad()
+        return found
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(torch.arange(1, 20)[None])
+    model.train()
+    after = gradients()
+    assert any(gradient.any() for gradient in before) and all(map(torch.equal, before, after))
+
+    from bitsandbytes.functional import dequantize_4bit
+
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False).requires_grad_(False)
+            plain.weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, plain)
+    for found, truth in zip(after, gradients(), strict=True):
+        assert torch.allclose(found, truth, rtol=1e-3, atol=1e-6)
 
 
 def test_what_cannot_be_is_one_sentence(monkeypatch):
