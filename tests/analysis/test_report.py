@@ -45,6 +45,7 @@ def headline(project):
     return " ".join(sentence.text for sentence in words.headline(project.facts()))
 
 
+@pytest.mark.slow
 def test_a_second_run_writes_the_same_bytes(project):
     project.params(dtype="bfloat16")
     project.merge()
@@ -192,6 +193,7 @@ def test_view_prints_the_headline(project, capsys, monkeypatch):
     assert text.startswith("- On the skill that it was trained on") and "open reports/report.html" in text
 
 
+@pytest.mark.slow
 def test_a_page_of_sixty_layers_and_six_stages_is_small():
     names, modules = [f"stage{number}" for number in range(6)], [f"self_attn.part{number}" for number in range(9)]
     keys = [(name, layer, module) for name in [*names, "merged"] for layer in range(60) for module in modules]
@@ -272,13 +274,13 @@ def test_a_clean_run_has_no_problem(project):
     assert not any(problem in sentences(project) for problem in PROBLEMS)
 
 
-def test_a_conflict_is_sentences(project):
+def test_a_conflict_is_told(project):
     project.plant("sums", "0-1", noise(0.01))
     project.plant("names", "0-1", lambda name, weights: -noise(0.01)(name, weights))
     assert "opposite directions: sums and names (cosine -1.00)" in sentences(project)
 
 
-def test_stages_that_start_from_one_seed_are_sentences(project):
+def test_stages_that_start_from_one_seed_are_told(project):
     project.stages |= {"sums": ("base", "lora", "0-1"), "names": ("base", "lora", "0-1")}
     project.params()
     for name in ("sums", "names"):
@@ -288,25 +290,25 @@ def test_stages_that_start_from_one_seed_are_sentences(project):
     assert "sums and names (overlap 0.9" in sentences(project)
 
 
-def test_a_stage_lost_to_rounding_is_sentences(project):
+def test_a_stage_lost_to_rounding_is_told(project):
     project.plant("sums", "0-1", noise(1e-6))
     project.params(dtype="bfloat16")
     assert "Rounding to bfloat16 takes away what a stage changed: sums (" in sentences(project)
 
 
-def test_a_stage_that_another_takes_back_is_sentences(project):
+def test_a_stage_that_another_takes_back_is_told(project):
     project.plant("sums", "0-1", noise(0.01))
     project.plant("names", "0-1", lambda name, weights: -0.9 * noise(0.01)(name, weights))
     assert "sums and names (cosine -1.00)" in sentences(project)
 
 
-def test_a_norm_blown_up_is_sentences(project):
+def test_a_norm_blown_up_is_told(project):
     project.plant("prose", "3", lambda name, weights: weights * 0.4 * ("post_attention" in name))
     assert "is post_attention_layernorm of layer 3 in prose, by 40 %." in sentences(project)
     assert "1 norm moved by more than 10 % of the gain" in sentences(project)  # in the stage and in the merged file
 
 
-def test_a_late_stage_whose_inputs_were_shifted_is_sentences(project):
+def test_a_late_stage_whose_inputs_were_shifted_is_told(project):
     project.plant("prose", "3", noise(0.01))
     project.merge()
     project.evaluation()
@@ -316,7 +318,7 @@ def test_a_late_stage_whose_inputs_were_shifted_is_sentences(project):
     assert "changed the layers before it, which it reads: prose (after sums, names)." in headline(project)
 
 
-def test_a_stage_that_the_file_holds_little_of_is_sentences(project):
+def test_a_stage_that_the_file_holds_little_of_is_told(project):
     text = Path("params.yaml").read_text().replace("method: task_arithmetic", "method: linear\n  participants: all")
     Path("params.yaml").write_text(text)
     assert "33 % of sums, 33 % of names, 33 % of prose" in sentences(project)

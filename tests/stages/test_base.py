@@ -118,6 +118,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "qwen2", "qwen3"])
 def test_adapters_change_nothing_and_their_code_goes_with_the_weights(workspace, architecture):
     make_base(architecture)
@@ -158,6 +159,7 @@ def test_adapters_are_refused_where_there_is_no_class_with_them(workspace):
         add_adapters(AutoModelForCausalLM.from_pretrained(BASE), 8)
 
 
+@pytest.mark.slow
 def test_the_default_is_a_real_model_from_a_gguf_file(project):
     use("bundled:smollm2-135m-instruct", "auto")
     base.main()

@@ -160,6 +160,7 @@ def test_a_stage_and_its_child_are_recorded_and_repeatable(project):
     assert weights.exists()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_bits(project):
     content = Path("params.yaml").read_text().replace("steps: 25", "steps: 150")
     Path("params.yaml").write_text(content.replace("rank: 4", "rank: 4\n    dropout: 0.1"))

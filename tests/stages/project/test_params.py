@@ -138,6 +138,7 @@ def test_small_numbers_are_numbers_however_they_are_written(project, rate):
     assert load_params().stages["words"].lr == 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     ["tools.cli check", "stages.base", "stages.data sums", "stages.train sums", "stages.pick sums", "stages.merge"],

@@ -66,6 +66,7 @@ def test_the_lineage_names_every_ancestor_the_base_first(chain):
     assert first["parent_sha256"] == read_json(BASE / "stage.json")["sha256"]
 
 
+@pytest.mark.slow
 def test_what_the_first_stage_remembers_is_told_by_the_record_of_the_second(chain):
     """DVC runs the third again only if something of the second is another."""
     write(("remember: 0.9", "remember: 0.5"))
@@ -76,6 +77,7 @@ def test_what_the_first_stage_remembers_is_told_by_the_record_of_the_second(chai
     assert train_chain() == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "stage.json"])
 def test_whatever_changes_of_the_base_is_told_by_every_record(chain, file):
     path = BASE / file
@@ -84,6 +86,7 @@ def test_whatever_changes_of_the_base_is_told_by_every_record(chain, file):
         assert record["lineage"]["base"] != chain[name][0]["lineage"]["base"]
 
 
+@pytest.mark.slow
 def test_data_of_an_imported_ancestor_is_told_by_every_record(project):
     """Nothing of an imported adapter depends on its data, but a later stage may replay it."""
     make_base("llama-untied")

@@ -32,6 +32,7 @@ train.main(sys.argv[1])
 
 
 # Pieces of three of eight examples are an odd number, so that one process has nothing to do in the end.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
