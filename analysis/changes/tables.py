@@ -53,7 +53,8 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
     """How much of each merged stage's delta is in the merged delta, and whose change that one is.
 
     The merged delta is written as Σ cᵢΔᵢ + rest by least squares, c = G⁻¹⟨Δᵢ,Δ_M⟩. A survival of 1 is the whole
-    delta. The shares cᵢ⟨Δᵢ,Δ_M⟩/‖Δ_M‖² and the share of the rest, which is NO_STAGE's, sum to 1.
+    delta. The shares cᵢ⟨Δᵢ,Δ_M⟩/‖Δ_M‖² and the share of the rest, which is NO_STAGE's, sum to 1; a merge that changes
+    nothing has none.
 
     Args:
         gram: inner products, of a layer or summed over layers.
@@ -67,8 +68,8 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
     onto, total = gram[present, -1], gram[-1, -1]
     # Stages of one direction have no unique answer; the pseudo-inverse shares it among them.
     coefficients = np.linalg.pinv(gram[np.ix_(present, present)], hermitian=True) @ onto
-    shares = coefficients * onto / total if total else np.zeros(len(present))
-    rest = max(0.0, 1 - float(shares.sum())) if total else 0.0
+    shares = coefficients * onto / (total or np.nan)
+    rest = max(0.0, 1 - float(shares.sum())) if total else np.nan
     return pd.DataFrame(
         {
             "stage": [*(names[i] for i in present), NO_STAGE],

@@ -53,7 +53,9 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) ->
         output = model.base_model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     hidden, attention = (torch.stack(each).float().cpu() for each in (output.hidden_states, output.attentions))
     incoming = hidden[:-1].norm(dim=-1)
-    written = {name: torch.stack(each).cpu() / incoming for name, each in sizes.items()}  # [layers, texts, tokens]
+    written = {
+        name: _ratio(torch.stack(each).cpu(), incoming) for name, each in sizes.items()
+    }  # [layers, texts, tokens]
     return [
         Activations(
             hidden[:, row, :end],
@@ -89,7 +91,12 @@ def _sizes_of_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.T
 def drift(before: Activations, after: Activations) -> Layered:
     """Median over tokens of ‖h'−h‖/‖h‖ after each layer, without the first token: its norm is 100 times the others'."""
     old, new = before.hidden[1:, 1:], after.hidden[1:, 1:]
-    return ((new - old).norm(dim=-1) / old.norm(dim=-1)).median(dim=1).values
+    return _ratio((new - old).norm(dim=-1), old.norm(dim=-1)).median(dim=1).values
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """`part` over `whole`, and 0 where that is 0: a text of unknown tokens, if they are padding, has states of zero."""
+    return torch.where(whole > 0, part / whole, 0.0)
 
 
 def lens_divergence(before: Activations, after: Activations) -> Layered:

@@ -53,6 +53,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "pictures": pictures,
         "skills": _skill_rows(facts),
         "directions": _direction_rows(facts),
+        "wrote_inside": bool(len(facts.measured.inside)),
         "moved": _moved_rows(facts),
         "from_zero": bool(summarise(facts.measured.inside, KEYS)["relative_change"].isna().any()),
         "pairs": _pair_rows(facts),
@@ -120,9 +121,8 @@ def _moved_rows(facts: Facts) -> list[dict[str, Any]]:
             furthest = norms.loc[norms["relative_change"].idxmax()]
             row |= {"norm": furthest["relative_change"]}
             row |= {"furthest": f"{furthest['module']} of layer {furthest['layer']}"}
-        if len(own):
-            rows.append(row)
-    return rows
+        rows.append(row)
+    return [row for row in rows if row["norms"] or row["reads"] is not None or row["writes"] is not None]
 
 
 def _pair_rows(facts: Facts) -> list[dict[str, Any]]:
