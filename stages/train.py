@@ -96,25 +96,37 @@ def launch(name: str, command: str, processes: int) -> None:
 
     Args:
         name: of the stage.
-        command: `launch` of params.yaml; `python` and `torchrun` alone start as many processes as the stage asks for.
+        command: `launch` of params.yaml.
         processes: of the stage.
 
     Raises:
         MistakeError: there is no such command.
     """
-    own = command not in ("python", "torchrun")
-    if LAUNCHED & os.environ.keys() or (processes == 1 and not own):
+    words = launcher(command, processes)
+    if not words or LAUNCHED & os.environ.keys():
         return
-    words = shlex.split(command) if own else ["python", *TORCHRUN, str(processes)]
-    program, *rest = [sys.executable if word == "python" else word for word in words]
     os.environ[OURS] = name
     try:
-        os.execvp(program, [program, *rest, "-m", "stages.train", name])
+        os.execvp(words[0], [*words, "-m", "stages.train", name])
     except OSError as error:
         raise MistakeError(
-            f"params.yaml: launch starts with {program!r}, which does not start ({error.strerror}); write python,"
+            f"params.yaml: launch starts with {words[0]!r}, which does not start ({error.strerror}); write python,"
             " torchrun or a command that is installed"
         ) from None
+
+
+def launcher(command: str, processes: int) -> list[str]:
+    """Words of the command that starts a stage's processes; none where one process trains alone.
+
+    `python` and `torchrun` without more words start as many as the stage asks for.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise MistakeError(f"params.yaml: launch {command!r} is no command ({error}); correct it") from None
+    if words in ([], ["python"], ["torchrun"]):
+        words = ["python", *TORCHRUN, str(processes)] if processes > 1 else []
+    return [sys.executable if word == "python" else word for word in words]
 
 
 def check_processes(name: str, stage: Training, accelerator: Accelerator) -> None:

@@ -19,6 +19,7 @@ from tests.stages.test_train import prepare, write
     [
         ("python", 1, None),
         ("torchrun", 1, None),
+        ("", 1, None),
         ("python", 2, [sys.executable, *train.TORCHRUN, "2"]),
         ("torchrun", 3, [sys.executable, *train.TORCHRUN, "3"]),
         ("python -u", 1, [sys.executable, "-u"]),
@@ -51,6 +52,11 @@ def test_a_launcher_that_is_not_there_is_told(project, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(MistakeError, match=r"launch starts with 'acelerate', which does not start \(No such file"):
         train.main("sums")
+
+
+def test_a_launcher_that_is_no_command_is_told():
+    with pytest.raises(MistakeError, match=r"launch .* is no command \(No closing quotation\); correct it"):
+        train.launch("sums", "accelerate launch 'x", 1)
 
 
 def test_a_launcher_that_is_not_known_is_refused(project, monkeypatch):
