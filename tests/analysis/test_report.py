@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.changes.measured import SPECTRUM
+from analysis.changes.measured import COLUMNS, SPECTRUM
 from analysis.changes.metrics import METRICS
 from analysis.changes.tables import NO_STAGE
 from analysis.telling import words
@@ -24,8 +26,11 @@ from analysis.telling.figures import (
     whose_change,
 )
 from analysis.telling.page import contents, render
-from analysis.telling.skills import is_worse
+from analysis.telling.skills import changes, is_worse
+from analysis.telling.text import NOTHING, in_layers, number, percent, whole_percent
 from stages.errors import MistakeError
+from stages.files import rounded, write_json
+from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
 from tools import view
 
@@ -133,6 +138,52 @@ def test_a_skill_without_answers_is_told_by_its_loss(project):
 )
 def test_worse_means_more_than_chance(before, after, measure, worse):
     assert is_worse(before, after, measure, questions=100) == worse
+
+
+@pytest.mark.parametrize(
+    ("before", "start", "measure", "at_stake"),
+    [
+        (0.0, 0.0, "accuracy", False),
+        (0.02, 0.0, "accuracy", False),
+        (0.8, 0.8, "accuracy", True),
+        (1.0, 2.0, "loss", True),
+        (2.0, 2.0, "loss", False),
+    ],
+)
+def test_what_is_not_there_cannot_be_lost(project, before, start, measure, at_stake):
+    cells = {"base": start, "sums": before, "merged": before}
+    matrix = {model: {"sums": {"loss": 1.0} | {measure: value}} for model, value in cells.items()}
+    project.params(weights=(1.0, 0.0, 0.0))
+    (change,) = [
+        c
+        for c in changes(matrix | {"names": matrix["sums"]}, load_params(), {"sums": 100})
+        if c.stage == "sums" and c.model == "merged"
+    ]
+    assert change.at_stake == at_stake and not change.worse
+
+
+def test_a_skill_that_was_never_there_is_not_said_to_be_kept(project):
+    project.merge()
+    project.evaluation()
+    content = json.loads(Path("reports/evaluation.json").read_text())
+    content["matrix"] = {
+        model: {skill: cell | {"accuracy": 0.0} for skill, cell in row.items()}
+        for model, row in content["matrix"].items()
+    }
+    Path("reports/evaluation.json").write_text(json.dumps(content))
+    text = headline(project)
+    assert "lost no skill" not in text and "No later stage" not in text
+    assert not any("after the merge" in card["text"] for card in words.cards(project.facts()))
+
+
+def test_the_error_bar_counts_the_questions_with_an_answer(project):
+    project.merge()
+    project.evaluation(merged=0.7)  # which of 100 answers chance explains, and of 1000 it does not
+    assert "lost no skill" in headline(project)
+    write_json(Path("reports/data/sums.json"), {"sums": {"eval": 1000, "eval_answers": 100}})
+    assert "lost no skill" in headline(project)
+    write_json(Path("reports/data/sums.json"), {"sums": {"eval": 1000}})
+    assert "lost part" in headline(project)
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -259,6 +310,17 @@ def sentences(project):
 PICTURES = dict.fromkeys(["evaluation", "layers", "floor", "whose", "cosines", "drift", "behaviour", "curves"], "")
 
 
+def test_numbers_in_files_and_in_words():
+    assert rounded({"a": [1.23456789, math.nan, math.inf], "b": "x", "c": 3}) == {
+        "a": [1.23457, None, None],
+        "b": "x",
+        "c": 3,
+    }
+    assert percent(None) == percent(math.nan) == number(None, ".3f") == number(math.nan, "d") == NOTHING
+    assert percent(0.00137) == "0.14 %" and whole_percent(0.784) == "78 %" and number(1.5, ".2f") == "1.50"
+    assert in_layers([0, 1, 2, 5]) == "layers 0-2, 5" and in_layers([]) == "outside the layers"
+
+
 PROBLEMS = [
     "undo each",
     "takes away what",
@@ -288,6 +350,31 @@ def test_stages_that_start_from_one_seed_are_told(project):
         project.train(name)
     assert "start from one seed, so that agreement between them says nothing" in sentences(project)
     assert "sums and names (overlap 0.9" in sentences(project)
+
+
+def test_a_narrow_overlap_is_compared_with_chance(project):
+    project.merge()
+    project.evaluation()
+    facts = project.facts()
+    pair = {"layer": 1, "module": "m", "first": "sums", "second": "names", "writes": 0, "writes_by_chance": 0}
+    for reads, chance, is_told in ((0.8, 0.5, False), (0.8, 0.0, True), (0.9, 0.5, True)):
+        pairs = pd.DataFrame([pair | {"reads": reads, "reads_by_chance": chance}])
+        measured = dataclasses.replace(facts.measured, pairs=pairs)
+        found = words.headline(dataclasses.replace(facts, measured=measured))
+        assert any("start from one seed" in sentence.text for sentence in found) == is_told
+
+
+def test_a_conflict_that_chance_explains_is_not_told(project):
+    project.merge()
+    project.evaluation()
+    facts = project.facts()
+    for entries, is_told in ((30, False), (3000, True)):
+        row = {"layer": 0, "module": "m", "parameter": "bias", "entries": entries, "delta_squared": 1.0}
+        rows = pd.DataFrame([{"stage": name} | row for name in ("sums", "names")], columns=COLUMNS)
+        gram = np.array([[1.0, -0.2, 0, 0], [-0.2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+        measured = dataclasses.replace(facts.measured, rows=rows.fillna(1.0), grams={0: gram})
+        found = dataclasses.replace(facts, measured=measured).conflicts
+        assert found == ({("sums", "names"): -0.2} if is_told else {})
 
 
 def test_a_stage_lost_to_rounding_is_told(project):

@@ -1,18 +1,27 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from analysis.changes import tensors
 from analysis.changes.deltas import measure, sign_conflict
-from analysis.changes.tables import NO_STAGE, cosines, frozen_check, summarise, survival
-from analysis.changes.tensors import inner_products
-from stages.files import MERGED
+from analysis.changes.measured import COLUMNS, SPECTRUM
+from analysis.changes.metrics import METRICS, PARTS
+from analysis.changes.tables import NO_STAGE, cosine_by_chance, cosines, frozen_check, summarise, survival
+from analysis.changes.tally import Tally, Where, parts
+from analysis.changes.tensors import TensorChange, inner_products
+from stages.files import BASE, MERGED, write_json
 from stages.merging.merged import Merged
 from stages.models.architecture import OUTSIDE, place
 from stages.project.params import load_params
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import Checkpoint, open_stages
+from tests.conftest import COMMON, make_stage
 
 ALL = ["sums", "names", "prose"]
 DECLARED = {"sums": [0, 1], "names": [1, 2], "prose": [3]}
@@ -84,6 +93,90 @@ def test_floor_of_the_merged_file_is_its_distance_to_the_exact_merge(project):
     assert whole.loc["merged", "floor_share"] == pytest.approx(norm(errors) / norm(merged.values()), rel=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+def test_the_parts_of_a_tensor_do_not_depend_on_its_pieces(monkeypatch, chunk):
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    weight, delta = (torch.randn(5, 9, generator=generator) for _ in range(2))
+    delta[0], delta[1] = 0, 1e-6  # entries that are not moved, and some that bfloat16 does not see
+    exact = weight + delta
+    found = parts(TensorChange(weight, delta, exact, exact.bfloat16()))
+    same = exact.bfloat16() == weight.bfloat16()
+    assert found["entries"] == 45 and found["moved"] == int((exact != weight).sum())
+    assert found["unchanged"] == int(same.sum()) and found["lost"] == int((same & (exact != weight)).sum()) > 0
+    assert found["max_abs"] == float(delta.abs().max())
+    assert found["weight_squared"] == pytest.approx(float(weight.double().square().sum()), rel=1e-14)
+    assert found["delta_squared"] == pytest.approx(float(delta.double().square().sum()), rel=1e-14)
+    error = exact.bfloat16().double() - exact.double()
+    assert found["error_squared"] == pytest.approx(float(error.square().sum()), rel=1e-5)
+
+
+def test_what_a_method_trims_is_not_lost_to_rounding(project):
+    text = Path("params.yaml").read_text().replace("method: task_arithmetic", "method: ties")
+    Path("params.yaml").write_text(text.replace("  dtype:", "  parameters: {density: 0.5}\n  dtype:"))
+    project.merge()
+    merged = summarise(measured().rows, ["stage"]).set_index("stage").loc["merged"]
+    assert merged["unchanged"] > 0.3 and merged["rounded_away"] == 0
+
+
+def test_the_gain_of_a_norm_may_be_one_more_than_its_weight():
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**COMMON, head_dim=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(BASE)
+    write_json(BASE / "stage.json", {"name": "base"})
+    make_stage("one", model, "full", "1", size=0.02)
+    base, stages = open_stages(["one"])
+    exact = Merged(base, stages, Merge(weights={"one": 1.0}, dtype="float32"))
+    table = summarise(measure(stages, exact, exact).rows, ["stage", "module", "parameter"]).set_index("module")
+    path = "model.layers.1.post_feedforward_layernorm"
+    weight, delta = base.module(path)["weight"].double(), stages[0].delta(path)["weight"].double()
+    found = table[table["stage"] == "one"].loc["post_feedforward_layernorm", "relative_change"]
+    assert found == pytest.approx(float(delta.norm() / (1 + weight).norm()), rel=1e-6)
+    path = "model.layers.1.mlp.up_proj"
+    weight, delta = base.module(path)["weight"].double(), stages[0].delta(path)["weight"].double()
+    found = table[table["stage"] == "one"].loc["mlp.up_proj", "relative_change"]
+    assert found == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-6)
+
+
+def test_weights_of_zero_have_no_relative_change():
+    zero, delta = torch.zeros(4, 5), torch.ones(4, 5)
+    row = {"stage": "one", "layer": 0, "module": "m", "parameter": "bias"}
+    rows = pd.DataFrame([row | parts(TensorChange(zero, delta, delta, delta))])
+    table = summarise(rows, ["stage"]).iloc[0]
+    assert np.isnan(table["relative_change"]) and np.isnan(table["floor"])
+    assert table["floor_share"] == 0 and table["max_abs"] == 1 and table["unchanged"] == 0
+
+
+def test_names_of_parts_and_metrics_are_unique():
+    for names in ([part.name for part in PARTS], [metric.name for metric in METRICS], COLUMNS + SPECTRUM):
+        assert len(set(names)) == len(names)
+
+
+def test_a_table_without_rows_has_every_metric():
+    table = summarise(pd.DataFrame([], columns=COLUMNS), ["stage", "layer"])
+    assert list(table) == ["stage", "layer", *(metric.name for metric in METRICS)] and not len(table)
+
+
+def test_the_cosine_of_unrelated_changes_is_as_large_as_chance_says():
+    generator = torch.Generator().manual_seed(0)
+    sizes, found = ((30, 1.0), (12, 5.0), (50, 0.1)), []
+    for _ in range(400):
+        tally = Tally(["one", "other", "merged"])
+        for layer, (count, size) in enumerate(sizes):
+            deltas = {name: size * torch.randn(count, generator=generator) for name in ("one", "other")}
+            weight = torch.ones(count)
+            for name, delta in deltas.items():
+                tally.add_row(name, Where(layer, "m", "weight"), TensorChange(weight, delta, weight + delta, weight))
+            tally.add_products(layer, deltas)
+        found.append(cosines(sum(tally.grams.values()))[0, 1])
+    chance = cosine_by_chance(pd.DataFrame(tally.rows), "one", "other")
+    assert np.std(found) == pytest.approx(chance, rel=0.2)
+
+
 def test_one_layer_is_measured_alone(project):
     project.merge()
     table = summarise(measured().rows, ["stage", "layer"]).set_index(["stage", "layer"])
@@ -139,6 +232,11 @@ def test_unexplained_is_what_no_stage_did():
     assert survival(gram, ["a", "merged"], ["a"])["share"].tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_a_merge_that_changes_nothing_is_nobodys():
+    table = survival(inner_products([torch.ones(3), torch.zeros(3)]), ["a", "merged"], ["a"])
+    assert table["share"].isna().all() and table["survival"].tolist()[0] == 0
+
+
 def test_inner_products_are_exact_across_chunks(monkeypatch):
     monkeypatch.setattr(tensors, "CHUNK", 7)
     rows = [torch.randn(5, 9) for _ in range(3)]
@@ -169,6 +267,13 @@ def test_a_merged_tensor_that_no_stage_changed_is_compared(project):
     save_file(weights, "merged/model.safetensors")
     found = frozen_check(measured(), {"sums": [0, 1]}, has_file=True).set_index("checkpoint")
     assert found.loc["merged", "max_abs"] == pytest.approx(0.5)
+
+
+def test_what_nothing_was_checked_of_is_not_told(project):
+    project.merge()
+    assert list(frozen_check(measured(), {"sums": [0, 1]}, has_file=False)["checkpoint"]) == ["sums"]
+    everything = dataclasses.replace(measured(), untouched=0)
+    assert not len(frozen_check(everything, {}, has_file=True))
 
 
 def test_place_reads_layer_and_module():
