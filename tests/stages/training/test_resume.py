@@ -14,10 +14,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from stages import train
+from stages.files import CHECKPOINTS
 from stages.methods import METHODS
+from stages.models.layers import linear_modules, select
+from stages.models.losses import pad
 from stages.settings.stage import Training
 from stages.training import loop, resume
 from stages.training.batches import Source
+from stages.training.protection import input_bases, save_bases
 from stages.training.resume import load_state, random_states, resume_folder, save_state, set_random_states
 from tests.conftest import ROOT, make_base
 from tests.stages.methods import test_matrix as matrix
@@ -27,7 +31,10 @@ FOLDER = Path(".dvc/tmp/resume")
 ROWS = matrix.ROWS | {
     "adalora": matrix.Row({"rank": 4, "lr": 0.02, "steps": 60}),  # directions are dropped from step 6 to step 40
     "lora with dropout": matrix.Row({"rank": 4, "dropout": 0.2}, "lora"),
-    "the best step": matrix.Row({"keep": "best"}, "full"),
+    "the best step": matrix.Row({"keep": "best", "patience": 2}, "full"),
+    "decay": matrix.Row({"schedule": "linear", "weight_decay": 0.1, "warmup": 0.5}, "full"),
+    "surgery": matrix.Row({"surgery": "pcgrad"}, "lora"),  # in random order
+    "protection": matrix.Row({"protect": ["first"], "gradient_checkpointing": True}, "full"),
 }
 
 
@@ -51,10 +58,11 @@ def run(case, work, monkeypatch, killed=None):
 
     work.mkdir(exist_ok=True)
     examples = make_examples()
-    source, tuning = Source("d", examples[:8], 4, 3, 5), examples[8:] if stage.keep == "best" else None
+    sources = [Source("d", examples[:5], 3, 3, 5), Source("replay", examples[5:8], 1, 3, 5, replayed=True)]
+    tuning = examples[8:] if stage.keep == "best" else None
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "step", step_or_die)
-        curve = loop.fit(model, stage, [source], 0, Accelerator(), work, tuning=tuning, title=case)
+        curve = loop.fit(model, stage, sources, 0, Accelerator(), work, tuning=tuning, title=case)
     stage.save(model, work / "saved")
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return curve, trained, load_file(work / "saved" / "adapter_model.safetensors")
@@ -70,6 +78,10 @@ def test_every_method_is_tried():
 def test_a_method_that_is_killed_early_and_late_goes_on_to_the_same_bits(workspace, case, monkeypatch):
     make_base("qwen2")
     matrix.make_room(ROWS[case])
+    plain = matrix.fresh()
+    bases = input_bases(plain, linear_modules(plain, select(plain, "all")), [pad(make_examples(2), 0)], 0.9)
+    (CHECKPOINTS / "first").mkdir()
+    save_bases(bases, CHECKPOINTS / "first")
     truth = run(case, workspace / "whole", monkeypatch)
     steps = len(truth[0])
     for killed in (steps // 3 + 3, 5 * steps // 6 + 2):
