@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -42,12 +43,12 @@ class TensorChange:
         """What the file's dtype alters, float32."""
         return self.file.float() - self.exact
 
-    @property
+    @cached_property
     def is_moved(self) -> torch.Tensor:
         """Which entries the change moves."""
         return self.exact != self.weight
 
-    @property
+    @cached_property
     def is_stored_as_before(self) -> torch.Tensor:
         """Which entries the file stores as it would without the change."""
         return self.file == self.weight.to(self.file.dtype)
