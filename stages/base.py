@@ -10,8 +10,7 @@ from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
-from stages.project.check import load_checked
-from stages.project.params import refuse_layers_outside
+from stages.project.check import load_checked, refuse_layers_outside, refuse_unknown_modules
 
 
 def main() -> None:
@@ -37,6 +36,8 @@ def main() -> None:
         model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
     if settings.adapter_size:
         model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
+    architecture = describe(model)
+    refuse_unknown_modules(params, architecture)
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -46,13 +47,14 @@ def main() -> None:
             "name": "base",
             "model": settings.model,
             "revision": settings.revision,
+            "pin": settings.sha256,
             "room": settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"}),
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": model.num_parameters(),
             "layers": model.config.num_hidden_layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        describe(model).write(folder)
+        architecture.write(folder)
         write_json(folder / "stage.json", record)
 
 

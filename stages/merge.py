@@ -203,11 +203,7 @@ def provenance(settings: Params) -> dict[str, Any]:
 def copy_companions(merged: Merged, folder: Path) -> None:
     """Copy config and tokenizer beside the weights; the config tells the new dtype, and whether the head is untied."""
     for path in merged.base.folder.iterdir():
-        if path.suffix != ".safetensors" and path.name not in (
-            "stage.json",
-            ARCHITECTURE,
-            "model.safetensors.index.json",
-        ):
+        if path.suffix != ".safetensors" and path.name not in OURS:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
     if merged.base.untied_by(merged.changed()):

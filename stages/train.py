@@ -24,7 +24,7 @@ from stages.files import BASE, CHECKPOINTS, REPORTS, publish, read_json, sha256,
 from stages.models.layers import select
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.losses import pad
-from stages.project.check import load_checked
+from stages.project.check import check_against_base, load_checked
 from stages.project.params import Params
 from stages.records.lines import load_split
 from stages.records.tokens import Example
@@ -51,6 +51,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 def main(name: str) -> None:
     """Train stage `name` and publish its checkpoint and loss curve."""
     settings = load_checked()
+    check_against_base(settings)
     stage: Stage = settings.find("stages", name)
     if isinstance(stage, Imported):
         write_reports(name, {"trained_parameters": import_adapter(name, stage, lineage(stage.parent))}, [])

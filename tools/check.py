@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from stages.project.check import load_checked
+from stages.project.check import check_against_base, load_checked
 from stages.project.params import PARAMS
 
 
@@ -13,6 +13,7 @@ def add_arguments(_: ArgumentParser) -> None:
 def main() -> None:
     """Tell the first mistake, or that there is none."""
     params = load_checked()
+    check_against_base(params)
     print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
     if params.threads == "auto":
         print(

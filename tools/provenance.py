@@ -22,7 +22,10 @@ def main(file: Path) -> None:
     Raises:
         MistakeError: there is no such file, or it is none of Strata's.
     """
-    metadata = TensorFile(file).metadata
+    try:
+        metadata = TensorFile(file).metadata
+    except MistakeError:
+        raise MistakeError(f"{file} is no safetensors file; name one, such as merged/model.safetensors") from None
     if "strata" not in metadata:
         raise MistakeError(f"{file} has no provenance in its metadata; it was not written by Strata's merge")
     print(json.dumps(json.loads(metadata["strata"]), indent=2))

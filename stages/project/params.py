@@ -9,9 +9,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.errors import MistakeError, first_line
-from stages.files import BASE, read_json
 from stages.methods import METHODS
-from stages.project.references import check_layers, check_references
+from stages.project.references import check_references
 from stages.project.sentences import sentence
 from stages.records.source import Single, Source
 from stages.records.sources import SOURCES
@@ -126,25 +125,7 @@ def load_params(path: Path = PARAMS) -> Params:
         check_references(params)
     except MistakeError as error:
         raise MistakeError(f"{path}: {error}") from None
-    if (depth := known_depth(params)) is not None:
-        refuse_layers_outside(params, depth, path)
     return params
-
-
-def refuse_layers_outside(params: Params, num_layers: int, path: Path = PARAMS) -> None:
-    """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
-    try:
-        check_layers(params, num_layers)
-    except MistakeError as error:
-        raise MistakeError(f"{path}: {error}") from None
-
-
-def known_depth(params: Params) -> int | None:
-    """Layers of the base, if the one in checkpoints/ is the one that params.yaml names."""
-    path = BASE / "stage.json"
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
-    named = (params.base.model, params.base.revision)
-    return record.get("layers") if named == (record.get("model"), record.get("revision")) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

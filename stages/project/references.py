@@ -72,6 +72,8 @@ def _check_selection(params: Params, name: str, selection: Selection) -> None:
     _one_of(selection.dataset, params.datasets, f"{where}.dataset", "a dataset")
     _one_of(selection.parent, ["base", *params.stages], f"{where}.parent", "a stage")
     _one_of(selection.reference, ["base", *params.stages], f"{where}.reference", "a stage")
+    if selection.parent == selection.reference:
+        raise MistakeError(f"{where}.reference is its parent too, so that no token stands out; name another stage")
 
 
 def _check_earlier(params: Params, name: str, stage: Training) -> None:
@@ -85,6 +87,12 @@ def _check_earlier(params: Params, name: str, stage: Training) -> None:
         raise MistakeError(
             f"stages.{name}.protect does not go with method {stage.method!r}; choose a method whose change can be"
             " projected: full or lora"
+        )
+    dataset = params.datasets[params.selected_from(stage.dataset)]
+    if (stage.keep == "best" or stage.patience is not None) and not dataset.tuning:
+        raise MistakeError(
+            f"stages.{name} looks for its best step, but tune is 0 in its dataset {stage.dataset!r}; give the tuning"
+            " split some records, such as 50"
         )
     if stage.replay and not ancestors:
         raise MistakeError(f"stages.{name}.replay has nothing to replay, for its parent is base; remove the key")

@@ -12,6 +12,19 @@ from stages.settings.section import nearest
 KINDS = {"method": set(METHODS), "source": set(SOURCES)}  # pydantic tells what a key takes only if it is there
 
 
+LONGEST = 80  # characters of a value in a sentence
+WISHES = {  # in a user's words
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "too_short": "a longer list",
+    "too_long": "a shorter list",
+}
+
+
 def sentence(error: ValidationError, content: Any) -> str:
     """The first mistake, such as `stages.sums.lr is missing; add it`.
 
@@ -33,13 +46,19 @@ def sentence(error: ValidationError, content: Any) -> str:
         case "union_tag_invalid":
             return f"{_tag(key, context)} {context['tag']!r} is not known; {nearest(context['tag'], _tags(context))}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{key} is {found!r}; it needs its settings as keys below it"
+            return f"{key} is {_shown(found)}; it needs its settings as keys below it"
         case "too_short" if isinstance(found, dict):
             return f"{key} needs at least one name with its settings below it"
         case "string_type" if first["loc"][-1] == "[key]":
             return f"{key} is no usable name; start with a letter and use only letters, digits, - and _"
     wish = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").removeprefix("a valid ")
-    return f"{key} is {found!r}; it should be {wish}"
+    return f"{key} is {_shown(found)}; it should be {WISHES.get(kind, wish)}"
+
+
+def _shown(found: Any) -> str:
+    """A value as it stands in the file, or its beginning."""
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(found), repr(found))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _key(error: ErrorDetails, content: Any) -> str:

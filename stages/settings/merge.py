@@ -18,7 +18,7 @@ def _check_setting(setting: Any) -> Any:
     )
     values = [part["value"] for part in parts] if filtered else parts
     flat = [value for item in values for value in (item if isinstance(item, list) and filtered else [item])]
-    if not flat or not all(isinstance(v, bool | int) or (isinstance(v, float) and isfinite(v)) for v in flat):
+    if not flat or not all(isinstance(value, int | float) and isfinite(value) for value in flat):
         raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
     return setting
 
@@ -29,7 +29,14 @@ def _check_parameter(setting: Any) -> Any:
     return setting
 
 
-Setting = Annotated[Any, AfterValidator(_check_setting)]
+def _check_number(setting: Any) -> Any:
+    """The same, where `true` means nothing."""
+    if "True" in str(setting) or "False" in str(setting):
+        raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
+    return _check_setting(setting)
+
+
+Setting = Annotated[Any, AfterValidator(_check_number)]
 ByStage = Annotated[Any, AfterValidator(_check_parameter)]
 
 

@@ -99,6 +99,24 @@ MISTAKES = {
     "threads missing": ("threads: 1\n", "", "threads is missing; add it"),
     "key twice": ("seed: 0", "seed: 0\nseed: 1", "line 2 is not valid YAML"),
     "broken YAML": ("  model: model", "  model: [model", "is not valid YAML"),
+    "a weight that is a flag": ("    words: 1.0", "    words: true", "merge.weights.words is true; it should be a number"),
+    "digits of another script": ("layers: 0-1", "layers: ٣", "stages.sums.layers: '٣' is no layer range; write all"),
+    "no groups of layers": ("layers: 0-1", "layers: {}", "stages.sums.layers: it names no modules; write a range"),
+    "a search for an unknown merge": (
+        "evaluate:",
+        "search:\n  methods: [tise]\nevaluate:",
+        "search.methods.0 'tise' is not known; did you mean ties?",
+    ),
+    "a choice by nothing": (
+        "selections: {}",
+        "selections:\n  hard: {dataset: words, parent: base, reference: base, keep: 0.5}",
+        "selections.hard.reference is its parent too, so that no token stands out; name another stage",
+    ),
+    "the best step of no split": (
+        "    rank: 4",
+        "    keep: best",
+        "stages.sums looks for its best step, but tune is 0 in its dataset 'sums'; give the tuning split some records",
+    ),
     "threads none": ("threads: 1", "threads: 0", "threads is 0; it should be auto, or a number from 1"),
 }
 
@@ -111,7 +129,7 @@ def test_each_mistake_gets_its_sentence(project, name):
     assert text in content
     Path("params.yaml").write_text(content.replace(text, replacement, 1))
     with pytest.raises(MistakeError) as mistake:
-        load_params()
+        check.main()
     message = str(mistake.value)
     assert message.startswith("params.yaml") and sentence in message
     assert "\n" not in message and ";" in message
@@ -208,6 +226,6 @@ def test_two_stages_may_not_train_the_same_new_neurons(project):
         text = text.replace(f"method: {method}", "method: bottleneck\n    neurons: 0-3")
     Path("params.yaml").write_text(text.replace("    rank: 4\n", "").replace("layers: last 2", "layers: 1-3"))
     with pytest.raises(MistakeError, match=r"stages.words.neurons: stage sums has some of '0-3' too"):
-        load_params()
+        check.main()
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 1-3", "layers: 2-3"))
-    load_params()
+    check.main()
