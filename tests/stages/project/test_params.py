@@ -99,7 +99,11 @@ MISTAKES = {
     "threads missing": ("threads: 1\n", "", "threads is missing; add it"),
     "key twice": ("seed: 0", "seed: 0\nseed: 1", "line 2 is not valid YAML"),
     "broken YAML": ("  model: model", "  model: [model", "is not valid YAML"),
-    "a weight that is a flag": ("    words: 1.0", "    words: true", "merge.weights.words is true; it should be a number"),
+    "a weight that is a flag": (
+        "    words: 1.0",
+        "    words: true",
+        "merge.weights.words is true; it should be a number",
+    ),
     "digits of another script": ("layers: 0-1", "layers: ٣", "stages.sums.layers: '٣' is no layer range; write all"),
     "no groups of layers": ("layers: 0-1", "layers: {}", "stages.sums.layers: it names no modules; write a range"),
     "a search for an unknown merge": (
