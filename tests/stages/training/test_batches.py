@@ -152,9 +152,10 @@ def test_a_mix_is_divided_as_its_data_says_and_a_selection_from_it_is_a_mix(proj
     assert counts(sources(settings, "words", stage, 0)) == divided
 
     text = Path("params.yaml").read_text()
-    selection = {"dataset": "both", "parent": "base", "reference": "base", "keep": 0.9}
+    selection = {"dataset": "both", "parent": "base", "reference": "sums", "keep": 0.9}
     text = text.replace("selections: {}", f"selections: {json.dumps({'hard': selection})}")
     Path("params.yaml").write_text(text.replace("dataset: both", "dataset: hard"))
+    train.main("sums")
     select.main("hard")
     settings = load_params()
     stage = settings.stages["words"]
