@@ -16,6 +16,7 @@ PICKED = Path("picked")
 DATA = Path("data")
 MERGED = Path("merged")
 REPORTS = Path("reports")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # the files of a PEFT adapter
 DIGITS = 6  # significant ones of a number in a file
 
 

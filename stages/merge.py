@@ -31,7 +31,11 @@ from stages.weights.checkpoint import open_stages
 from stages.weights.single_file import SingleFile, single_file
 from stages.weights.tensor_file import DTYPES, size
 
-OURS = {"stage.json", ARCHITECTURE, "model.safetensors.index.json"}  # files of the base that the merged model lacks
+NOT_COPIED = {
+    "stage.json",
+    ARCHITECTURE,
+    "model.safetensors.index.json",
+}  # files of the base alone
 Part = tuple[str, float | None, bytes]  # module, error of its fit or None where it is replaced, tensors of the adapter
 
 
@@ -203,7 +207,7 @@ def provenance(settings: Params) -> dict[str, Any]:
 def copy_companions(merged: Merged, folder: Path) -> None:
     """Copy config and tokenizer beside the weights; the config tells the new dtype, and whether the head is untied."""
     for path in merged.base.folder.iterdir():
-        if path.suffix != ".safetensors" and path.name not in OURS:
+        if path.suffix != ".safetensors" and path.name not in NOT_COPIED:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
     if merged.base.untied_by(merged.changed()):

@@ -20,13 +20,12 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from stages.errors import MistakeError, run
-from stages.files import BASE, CHECKPOINTS, REPORTS, publish, read_json, sha256, write_json, write_text
+from stages.files import ADAPTER, BASE, CHECKPOINTS, REPORTS, publish, read_json, sha256, write_json, write_text
 from stages.models.layers import select
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.losses import pad
 from stages.project.check import check_against_base, load_checked
 from stages.project.params import Params
-from stages.records.lines import load_split
 from stages.records.tokens import Example
 from stages.settings.ranges import numbers
 from stages.settings.stage import Imported, Stage, Training
@@ -43,8 +42,8 @@ from stages.weights.checkpoint import open_checkpoint
 REMEMBERED_BATCHES = 16
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 DIVIDED = (DistributedType.FSDP,)
-OURS = "STRATA_LAUNCHED"  # the stage whose launcher was started: some launchers start one process and tell it nothing
-LAUNCHED = {OURS, "LOCAL_RANK", "WORLD_SIZE"}  # what a process finds in its environment that a launcher has started
+STARTED = "STRATA_LAUNCHED"  # the stage whose launcher was started, as some launchers do not tell
+LAUNCHED = {STARTED, "LOCAL_RANK", "WORLD_SIZE"}  # what a process finds in its environment that a launcher has started
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
@@ -84,7 +83,7 @@ def main(name: str) -> None:
         if accelerator.is_main_process:
             with publish(CHECKPOINTS / name) as folder:
                 stage.save(model, folder)
-                record["sha256"] = sha256([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
+                record["sha256"] = sha256(folder / file for file in ADAPTER)
                 if bases:
                     save_bases(bases, folder)
                     record["inputs_sha256"] = sha256([folder / BASES])
@@ -106,7 +105,7 @@ def launch(name: str, command: str, processes: int) -> None:
     words = launcher(command, processes)
     if not words or LAUNCHED & os.environ.keys():
         return
-    os.environ[OURS] = name
+    os.environ[STARTED] = name
     try:
         os.execvp(words[0], [*words, "-m", "stages.train", name])
     except OSError as error:
@@ -165,15 +164,10 @@ def in_4bit(stage: Training) -> bool:
     return getattr(stage, "load_in_4bit", False)
 
 
-def is_tuned(stage: Training) -> bool:
-    """Whether the stage looks at its dataset's tuning split."""
-    return stage.keep == "best" or stage.patience is not None
-
-
 def describe(name: str, stage: Training, settings: Params, seed: int) -> dict[str, Any]:
     """The part of stage.json that is known before training: lineage, data, layers, seed, versions."""
     num_layers = read_json(BASE / "stage.json")["layers"]
-    data = {stage.dataset: hash_of(stage.dataset, ["train", "tune"] if is_tuned(stage) else ["train"])}
+    data = {stage.dataset: hash_of(stage.dataset, ["train", "tune"] if stage.is_tuned else ["train"])}
     data |= {dataset: hash_of(dataset) for dataset in replays(settings, name, stage)}
     return {
         "name": name,
@@ -252,15 +246,10 @@ def tuning(stage: Training, name: str) -> list[Example] | None:
     """Examples of the dataset's tuning split, where the stage looks at it.
 
     Raises:
-        MistakeError: it is empty, or `max_length` cuts off every answer.
+        MistakeError: `max_length` cuts off every answer.
     """
-    if not is_tuned(stage):
+    if not stage.is_tuned:
         return None
-    if not load_split(stage.dataset, "tune"):
-        raise MistakeError(
-            f"params.yaml: stages.{name} looks for its best step, but tune is 0 in its dataset {stage.dataset!r}; give"
-            " the tuning split some records, such as 50"
-        )
     return list(encode_split([stage.dataset], "tune", name, stage))
 
 

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError, first_line
-from stages.files import sha256
+from stages.files import ADAPTER, sha256
 from stages.settings.stage import Imported, Stage
 
 if TYPE_CHECKING:
     from stages.settings.base import Base
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Import(Imported):
@@ -41,9 +39,9 @@ class Import(Imported):
         if self.id is not None:
             return self._download(where)
         folder = Path(str(self.path))
-        if missing := [file for file in FILES if not (folder / file).is_file()]:
+        if missing := [file for file in ADAPTER if not (folder / file).is_file()]:
             raise MistakeError(f"{where}.path {self.path!r} holds no {missing[0]}; give the folder of a PEFT adapter")
-        found = sha256(folder / file for file in FILES)
+        found = sha256(folder / file for file in ADAPTER)
         if self.sha256 is None:
             raise MistakeError(f"{where}.sha256 is missing; it pins what is merged, so add sha256: {found}")
         if self.sha256 != found:
@@ -54,7 +52,7 @@ class Import(Imported):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(self.id), revision=self.revision, allow_patterns=list(FILES)))
+            return Path(snapshot_download(str(self.id), revision=self.revision, allow_patterns=list(ADAPTER)))
         except Exception as error:  # the library raises its own, the hub's, and the network's
             raise MistakeError(
                 f"{where}.id {self.id!r} does not load ({first_line(error)}); correct the id or revision"

@@ -25,6 +25,7 @@ FILE = "architecture.json"  # beside the weights
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "other"]
+MATRICES = ("linear", "conv1d")
 Group = Literal["attention", "mlp", "norms", "embeddings", ""]
 
 
@@ -91,7 +92,7 @@ class Architecture:
 
     def is_matrix(self, path: str) -> bool:
         """Whether a module is a weight matrix that an adapter can be put beside."""
-        return path in self.modules and self.modules[path].kind in ("linear", "conv1d")
+        return path in self.modules and self.modules[path].kind in MATRICES
 
     def is_transposed(self, path: str) -> bool:
         """Whether a module's weight is [in, out], as GPT-2 has it."""
@@ -139,11 +140,14 @@ def describe(model: PreTrainedModel) -> Architecture:
     config, stack = model.config, layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules = {}
+    unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
     for path, module in model.named_modules():
         if module._parameters:
+            if is_norm(module) and type(module) not in unit_gains:
+                unit_gains[type(module)] = _has_unit_gain(module)
             shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
             group = _group(path, module, stack, ends)
-            modules[path] = Module(_kind(module), group, shapes, is_norm(module) and _has_unit_gain(module))
+            modules[path] = Module(kind_of(module), group, shapes, unit_gains.get(type(module), False))
     return Architecture(
         model_type=config.model_type,
         stack=stack,
@@ -209,7 +213,8 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
-def _kind(module: nn.Module) -> Kind:
+def kind_of(module: nn.Module) -> Kind:
+    """What kind of module it is."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

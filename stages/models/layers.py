@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
-from stages.models.architecture import describe, is_norm
+from stages.models.architecture import MATRICES, describe, is_norm, kind_of
 from stages.settings.ranges import Layers
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ def mlp_width(config: PretrainedConfig) -> int | None:
 
 def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D)."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return [path for path in modules if isinstance(model.get_submodule(path), nn.Linear | Conv1D)]
+    return [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
 
 
 def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
@@ -43,10 +40,8 @@ def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> l
     Raises:
         MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method.
     """
-    from torch import nn
-
     matrices = linear_modules(model, modules)
-    if not all(isinstance(model.get_submodule(path), nn.Linear) for path in matrices):
+    if any(kind_of(model.get_submodule(path)) != "linear" for path in matrices):
         raise MistakeError(
             f"params.yaml: method {method!r} (or its init or load_in_4bit) does not go with"
             f" {type(model).__name__}, whose weights are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln"

@@ -7,7 +7,7 @@ from stages.files import BASE, read_json
 from stages.merging.kernels import find_kernel
 from stages.models.architecture import FILE, Architecture
 from stages.project.params import PARAMS, Params, load_params
-from stages.project.references import check_layers
+from stages.project.references import check_depth
 from stages.settings.merge import Merge
 
 TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
@@ -47,7 +47,7 @@ def check_against_base(params: Params) -> None:
 def refuse_layers_outside(params: Params, num_layers: int) -> None:
     """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
     try:
-        check_layers(params, num_layers)
+        check_depth(params, num_layers)
     except MistakeError as error:
         raise MistakeError(f"{PARAMS}: {error}") from None
 

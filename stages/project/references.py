@@ -35,7 +35,7 @@ def check_references(params: Params) -> None:
         _check_method(params, name, None)
 
 
-def check_layers(params: Params, num_layers: int) -> None:
+def check_depth(params: Params, num_layers: int) -> None:
     """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
     for name, stage in params.stages.items():
         try:
@@ -89,7 +89,7 @@ def _check_earlier(params: Params, name: str, stage: Training) -> None:
             " projected: full or lora"
         )
     dataset = params.datasets[params.selected_from(stage.dataset)]
-    if (stage.keep == "best" or stage.patience is not None) and not dataset.tuning:
+    if stage.is_tuned and not dataset.tuning:
         raise MistakeError(
             f"stages.{name} looks for its best step, but tune is 0 in its dataset {stage.dataset!r}; give the tuning"
             " split some records, such as 50"

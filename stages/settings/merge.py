@@ -10,8 +10,11 @@ from stages.settings.section import Settings
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def _check_setting(setting: Any) -> Any:
-    """Raise a ValueError unless it has one of the shapes that mergekit gives a parameter."""
+SHAPES = "a number, a list of numbers from the first layer to the last, or a list of filter and value"
+
+
+def _values(setting: Any) -> list[Any]:
+    """The values in a setting; raise a ValueError unless it has one of the shapes that mergekit gives a parameter."""
     parts = setting if isinstance(setting, list) else [setting]
     filtered = bool(parts) and all(
         isinstance(part, dict) and "value" in part and part.keys() <= {"filter", "value"} for part in parts
@@ -19,21 +22,21 @@ def _check_setting(setting: Any) -> Any:
     values = [part["value"] for part in parts] if filtered else parts
     flat = [value for item in values for value in (item if isinstance(item, list) and filtered else [item])]
     if not flat or not all(isinstance(value, int | float) and isfinite(value) for value in flat):
-        raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
-    return setting
+        raise ValueError(SHAPES)
+    return flat
 
 
 def _check_parameter(setting: Any) -> Any:
     for part in setting.values() if isinstance(setting, dict) else [setting]:
-        _check_setting(part)
+        _values(part)
     return setting
 
 
 def _check_number(setting: Any) -> Any:
-    """The same, where `true` means nothing."""
-    if "True" in str(setting) or "False" in str(setting):
-        raise ValueError("a number, a list of numbers from the first layer to the last, or a list of filter and value")
-    return _check_setting(setting)
+    """Of a weight, for which `true` means nothing."""
+    if any(isinstance(value, bool) for value in _values(setting)):
+        raise ValueError(SHAPES)
+    return setting
 
 
 Setting = Annotated[Any, AfterValidator(_check_number)]

@@ -71,9 +71,7 @@ class Stage(Settings):
 class Training(Stage, ABC):
     """A stage that is trained here; a method adds its own keys and says how it is put on the model."""
 
-    protectable: ClassVar[bool] = (
-        False  # whether the change of a weight matrix can be projected away from protected inputs
-    )
+    protectable: ClassVar[bool] = False  # whether `protect` can take out what acts on protected inputs
 
     lr: float = Field(gt=0)
     """Peak learning rate. LoRA: 1e-4 to 2e-3; all weights: a tenth of that."""
@@ -109,6 +107,11 @@ class Training(Stage, ABC):
     """Less memory, more time."""
     processes: int = Field(default=1, gt=0)
     """Processes (GPUs) that train together; they divide every batch, so the result differs by rounding."""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the stage looks at its dataset's tuning split."""
+        return self.keep == "best" or self.patience is not None
 
     @abstractmethod
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> PeftConfig:

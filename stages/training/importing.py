@@ -5,14 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.files import BASE, CHECKPOINTS, publish, read_json, sha256, write_json
+from stages.files import ADAPTER, BASE, CHECKPOINTS, publish, read_json, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
 from stages.training.batches import hash_of
 from stages.weights.adapter import Adapter
 from stages.weights.checkpoint import Checkpoint
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
@@ -32,7 +30,7 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     source = stage.locate(f"params.yaml: stages.{name}")
     adapter = Adapter(source, Checkpoint(BASE, "base").architecture)
     with publish(CHECKPOINTS / name) as folder:
-        for file in FILES:
+        for file in ADAPTER:
             shutil.copy(source / file, folder / file)
         write_json(folder / "stage.json", describe(name, stage, lineage, adapter, folder))
     return adapter.parameters
@@ -52,5 +50,5 @@ def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapt
         "settings": stage.model_dump(exclude={"parent", "dataset", "method", "layers"}),
         "trained_parameters": adapter.parameters,
         "versions": {"peft": importlib.metadata.version("peft")},
-        "sha256": sha256(folder / file for file in FILES),
+        "sha256": sha256(folder / file for file in ADAPTER),
     }

@@ -10,7 +10,7 @@ from mergekit.parameter_resolver import resolve_parameter
 from pydantic import Field, TypeAdapter, ValidationError
 
 from stages.merging.parameters import evaluate, resolve
-from stages.settings.merge import Setting
+from stages.settings.merge import ByStage
 
 NAMES = ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
 DEPTHS = [0.0, 0.1, 1 / 3, 0.5, 0.999, 1.0]
@@ -63,7 +63,7 @@ def outcome(compute):
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_a_setting_has_the_value_that_mergekit_gives_it(setting, kind):
     validate = TypeAdapter(kind).validate_python
-    TypeAdapter(Setting).validate_python(setting)  # all of these may stand in params.yaml
+    TypeAdapter(ByStage).validate_python(setting)  # all of these may stand in params.yaml
     theirs = as_mergekit_reads(setting)
     for name, depth in itertools.product(NAMES, DEPTHS):
         found = outcome(lambda: evaluate(name, setting, depth, validate))  # noqa: B023  called at once

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from stages import train
 from stages.errors import MistakeError
-from stages.files import BASE, read_json, sha256
-from stages.training.importing import FILES
+from stages.files import ADAPTER, BASE, read_json, sha256
 from stages.weights.checkpoint import open_stages
 from tests.conftest import PARAMS, make_base, make_outside
 
@@ -41,7 +40,7 @@ CONFIGS = {
 
 
 def content(folder):
-    return sha256(folder / file for file in FILES)
+    return sha256(folder / file for file in ADAPTER)
 
 
 def load_base():

@@ -16,8 +16,7 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
 from stages import train
-from stages.files import BASE, CHECKPOINTS, read_json, sha256, write_json
-from stages.training.importing import FILES
+from stages.files import ADAPTER, BASE, CHECKPOINTS, read_json, sha256, write_json
 from stages.training.protection import BASES
 from stages.training.resume import resume_folder
 from tests.conftest import PARAMS, make_base, make_outside
@@ -92,7 +91,7 @@ def test_data_of_an_imported_ancestor_is_told_by_every_record(project):
     make_base("llama-untied")
     make_outside("elsewhere", fresh(), LoraConfig(target_modules=["q_proj"], r=2))
     shutil.move(CHECKPOINTS / "elsewhere", "outside")
-    content = sha256(Path("outside") / file for file in FILES)
+    content = sha256(Path("outside") / file for file in ADAPTER)
     imported = {"parent": "base", "dataset": "sums", "method": "import", "path": "outside", "sha256": content}
     trained = PARAMS[PARAMS.index("  sums:\n    parent") : PARAMS.index("  words:\n    parent")]
     write(
