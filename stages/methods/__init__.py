@@ -12,4 +12,4 @@ from stages.settings.stage import Stage
 for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
     importlib.import_module(_module.name)
 
-METHODS: dict[str, type[Stage]] = {method.name(): method for method in Stage.methods()}
+METHODS: dict[str, type[Stage]] = {method.name(): method for method in Stage.choices()}

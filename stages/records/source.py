@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, get_args
+from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
 from stages.records.record import Record
 from stages.records.splits import Splits, arrange, split
-from stages.settings.section import Settings
+from stages.settings.section import Chosen
 
 
-class Source(Settings, ABC):
+class Source(Chosen, ABC):
     """A dataset: where its records come from."""
+
+    chooser = "source"
 
     source: str
     """Where the records come from."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The value of `source` that selects this class."""
-        return str(get_args(cls.model_fields["source"].annotation)[0])
-
-    @classmethod
-    def sources(cls) -> Iterator[type[Source]]:
-        """Every class below this one that names a source."""
-        for subclass in cls.__subclasses__():
-            if subclass.model_fields["source"].annotation is not str:
-                yield subclass
-            yield from subclass.sources()
 
     @property
     @abstractmethod

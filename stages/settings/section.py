@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -43,6 +43,25 @@ class Settings(BaseModel):
                 if key not in known:
                     raise mistake(f".{key} is not a known key; {nearest(key, known, 'known keys are')}")
         return content
+
+
+class Chosen(Settings):
+    """A mapping that is of one of several classes, as the value of one of its keys says."""
+
+    chooser: ClassVar[str]  # that key, such as `method`
+
+    @classmethod
+    def name(cls) -> str:
+        """The value that selects this class."""
+        return str(get_args(cls.model_fields[cls.chooser].annotation)[0])
+
+    @classmethod
+    def choices(cls) -> Iterator[type[Self]]:
+        """Every class below this one that a value selects."""
+        for subclass in cls.__subclasses__():
+            if subclass.model_fields[cls.chooser].annotation is not str:
+                yield subclass
+            yield from subclass.choices()
 
 
 def _check_name(name: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from stages.errors import MistakeError
 from stages.settings.ranges import Layers, check_layers
-from stages.settings.section import Settings
+from stages.settings.section import Chosen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,12 +23,14 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Stage(Settings):
+class Stage(Chosen):
     """One post-training step: what it starts from, and the dataset that shows its skill.
 
     Methods import torch and peft when they are used, not at the top: params.yaml is read by every
     stage of the pipeline, and most of them need neither.
     """
+
+    chooser = "method"
 
     parent: str
     """Where the stage starts: `base` or the name of another stage."""
@@ -40,19 +41,6 @@ class Stage(Settings):
     layers: Annotated[Layers, BeforeValidator(check_layers)] = "all"
     """What is trained, all else being frozen: `all`, `5`, `0-3,20-24`, `last 6`, a list of numbers, or one of these for
     each group (`attention`, `mlp`, `norms`, `embeddings`) or module name."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The value of `method` that selects this class."""
-        return str(get_args(cls.model_fields["method"].annotation)[0])
-
-    @classmethod
-    def methods(cls) -> Iterator[type[Stage]]:
-        """Every class below this one that names a method."""
-        for subclass in cls.__subclasses__():
-            if subclass.model_fields["method"].annotation is not str:
-                yield subclass
-            yield from subclass.methods()
 
     def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
         """Refuse what the method cannot do with this base, or beside these stages.

@@ -9,4 +9,4 @@ from stages.records.source import Source
 for _name in sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: (name == "mix", name)):
     importlib.import_module(f"{__name__}.{_name}")
 
-SOURCES: dict[str, type[Source]] = {source.name(): source for source in Source.sources()}
+SOURCES: dict[str, type[Source]] = {source.name(): source for source in Source.choices()}

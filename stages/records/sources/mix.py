@@ -13,7 +13,7 @@ from stages.settings.section import Name, mistake
 if TYPE_CHECKING:
     Part = Single
 else:
-    Part = Annotated[Union[tuple(Source.sources())], Field(discriminator="source")]  # noqa: UP007  made at run time
+    Part = Annotated[Union[tuple(Source.choices())], Field(discriminator="source")]  # noqa: UP007  made at run time
 
 
 class Mix(Source):
