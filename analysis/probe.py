@@ -41,7 +41,7 @@ from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, open_base, 
 
 PROBES = Path(__file__).parent / "running" / "probes.jsonl"
 ON_DOMAIN = 5  # records of each eval split
-LONGEST = 64  # tokens of a text
+LONGEST = {"on": 128, "off": 64}  # tokens of a text; a chat begins with the template's own
 LENS_FROM = {"on": -1, "off": 0}  # after which layer it begins to
 EARLY = 3  # the first of so many parts of the layers is reset
 GROUPS = 3  # of a stage's layers, each of which is taken away
@@ -88,8 +88,8 @@ def read_texts() -> dict[str, list[torch.Tensor]]:
     records = [record for name in read_json(PICKED / "data.json") for record in load_split(name, "eval")[:ON_DOMAIN]]
     others = [json.loads(line)["text"] for line in PROBES.read_text(encoding="utf-8").splitlines()]
     return {
-        "on": [torch.tensor(encode(record, tokenizer, LONGEST).ids) for record in records],
-        "off": [torch.tensor(tokenizer(text)["input_ids"][:LONGEST]) for text in others],
+        "on": [torch.tensor(encode(record, tokenizer, LONGEST["on"])[-1].ids) for record in records],
+        "off": [torch.tensor(tokenizer(text)["input_ids"][: LONGEST["off"]]) for text in others],
     }
 
 

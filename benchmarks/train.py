@@ -166,7 +166,7 @@ def write_examples(folder: Path, share: float) -> None:
     stage = settings.stages["one"]
     seed = derive_seed(0, "one")
     (folder / "seed").write_text(str(seed))
-    examples = [encode(record, tokenizer, 1024) for record in records]
+    examples = [example for record in records for example in encode(record, tokenizer, 1024)]
     source = Source("text", examples, stage.batch_size, derive_seed(0, "text"), seed)
     with (folder / "batches.jsonl").open("w") as file:
         for step in range(stage.steps):

@@ -1,8 +1,9 @@
 """Fetch the base model and keep it as safetensors, with its tokenizer: `python -m stages.base`."""
 
 import shutil
+from contextlib import suppress
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
@@ -11,6 +12,7 @@ from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
 from stages.project.check import load_checked, refuse_layers_outside, refuse_unknown_modules
+from stages.records.chats import Chat
 
 
 def main() -> None:
@@ -38,6 +40,7 @@ def main() -> None:
         model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
     architecture = describe(model)
     refuse_unknown_modules(params, architecture)
+    model.generation_config.eos_token_id = stop_tokens(model.generation_config.eos_token_id, tokenizer)
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -56,6 +59,20 @@ def main() -> None:
         }
         architecture.write(folder)
         write_json(folder / "stage.json", record)
+
+
+def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the generation config, the tokenizer's, and the chat template's own.
+
+    The config is what the merged model is used with: a token that a stage learns to end its answers with must be there.
+    """
+    ends = [known] if isinstance(known, int) else known or []
+    if tokenizer.eos_token_id is not None:
+        ends = [*ends, tokenizer.eos_token_id]
+    with suppress(MistakeError):  # a base that is not asked in chats needs no template
+        if end := Chat([], tokenizer).end[0]:
+            ends = [*ends, tokenizer.convert_tokens_to_ids(end)]
+    return sorted(set(ends))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def main(name: str) -> None:
     selection, tokenizer = settings.find("selections", name), load_tokenizer()
     longest = open_checkpoint("base", {}).base.architecture.positions or sys.maxsize
     records = load_split(selection.dataset, "train")
-    examples = [encode(record, tokenizer, longest) for record in records]
+    found = [(record, example) for record in records for example in encode(record, tokenizer, longest)]
+    examples = [example for _, example in found]
     before, reference = (
         losses(model, examples, tokenizer.pad_token_id) for model in (selection.parent, selection.reference)
     )
@@ -49,7 +50,7 @@ def main(name: str) -> None:
         if (mix := DATA / selection.dataset / "mix.json").exists():
             shutil.copy(mix, folder)
         with (folder / "train.jsonl").open("w", encoding="utf-8") as lines:
-            for record, example in zip(records, chosen, strict=True):
+            for (record, _), example in zip(found, chosen, strict=True):
                 part = {"part": record["part"]} if "part" in record else {}
                 lines.write(json.dumps({"input_ids": example.ids, "loss_weights": example.weights} | part) + "\n")
     report = read_json(REPORTS / "data" / f"{selection.dataset}.json")[selection.dataset]

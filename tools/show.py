@@ -42,11 +42,12 @@ def main(name: str, count: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     records = list(islice(_training(dataset, name, settings.seed), count))
-    examples = [encode(record, tokenizer, sys.maxsize) for record in records]
+    found = [(record, example) for record in records for example in encode(record, tokenizer, None)]
+    examples = [example for _, example in found]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     scale = max(abs(weight) for example in examples for weight in _counted(example)) if coloured else None
     print(legend(scale))
-    for number, (record, example) in enumerate(zip(records, examples, strict=True), start=1):
+    for number, (record, example) in enumerate(found, start=1):
         part = f" of {record['part']}" if "part" in record else ""
         texts = [str(tokenizer.decode([token])) for token in example.ids]
         print(f"\nexample {number}{part}, {summary([example])}\n{draw(texts, _counted(example), scale)}")

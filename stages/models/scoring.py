@@ -1,13 +1,15 @@
 """What a running model can do: its loss on records, and its answers."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.losses import pad, token_losses
 from stages.records.record import Record, answer, restore_tuples
-from stages.records.tokens import encode, encode_question
+from stages.records.tokens import encode, turns
 from stages.settings.evaluate import Evaluate
 
 Cell = dict[str, float]  # loss in nats per supervised token; where there are answers to compare with, accuracy
@@ -32,7 +34,7 @@ def mean_loss(
 ) -> float:
     """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
     positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
-    examples = [encode(record, tokenizer, positions) for record in records]
+    examples = [example for record in records for example in encode(record, tokenizer, positions)]
     examples.sort(key=lambda example: len(example.ids))
     total = 0.0
     for start in range(0, len(examples), batch_size):
@@ -48,29 +50,47 @@ def generate(
 ) -> list[str]:
     """Greedy answers, each as long as the longest reference allows and at most `max_new_tokens`.
 
-    The base's own generation config has no say: a penalty for repetition in it would change every answer.
+    Of the base's generation config the tokens that end an answer have a say and nothing else has: a penalty for
+    repetition in it would change every answer.
     """
-    questions = [encode_question(record, tokenizer) for record in records]
-    longest = max(len(tokenizer(answer(record))["input_ids"]) for record in records) + 1
+    asked = [turns(record, tokenizer)[-1] for record in records]
+    stops = stop_tokens(model, tokenizer)
+    longest = max(len(turn.answered.ids) for turn in asked)
     greedy = GenerationConfig(
         max_new_tokens=min(longest, bounds.max_new_tokens),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops,
     )
-    model.generation_config = GenerationConfig()  # what `greedy` leaves open would be taken from it
-    by_length = sorted(range(len(records)), key=lambda i: len(questions[i]))
+    by_length = sorted(range(len(records)), key=lambda i: len(asked[i].asked.ids))
     answers = [""] * len(records)
-    for start in range(0, len(records), bounds.batch_size):
-        rows = by_length[start : start + bounds.batch_size]
-        batch = tokenizer.pad({"input_ids": [questions[i] for i in rows]}, padding_side="left", return_tensors="pt").to(
-            model.device
-        )
-        output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
-        new = output[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
+    with _without_config(model):
+        for start in range(0, len(records), bounds.batch_size):
+            rows = by_length[start : start + bounds.batch_size]
+            questions = {"input_ids": [asked[i].asked.ids for i in rows]}
+            batch = tokenizer.pad(questions, padding_side="left", return_tensors="pt").to(model.device)
+            output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
+            for i, ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                spoken = itertools.takewhile(lambda token: token not in stops, ids)
+                answers[i] = tokenizer.decode(list(spoken), skip_special_tokens=True).strip()
     return answers
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokens of the generation config, else the tokenizer's."""
+    config = model.generation_config
+    ends = config.eos_token_id if config and config.eos_token_id is not None else tokenizer.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+@contextmanager
+def _without_config(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model has no generation config of its own, which fills what another leaves open."""
+    config, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
 
 
 def is_right(record: Record, text: str) -> bool:

@@ -1,21 +1,23 @@
-"""How a record becomes tokens, and how much each is learned."""
+"""How a record becomes tokens, and how much each is learned: the tokens that the model sees when it is used."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
-from stages.records.record import Record, Span, answer
+from stages.records.chats import Text, as_chat, spans_of, weight_of
+from stages.records.record import Record, answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARK = "\ufffc"  # stands in for a message, to see where a chat template puts it
+BETWEEN = ("\n", ".", "a", "1")  # what may stand before a text that is not the first, so that no space is put there
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record, and for each how much it counts in the loss (0: not learned), of the same length."""
+    """Token ids, and for each how much it counts in the loss (0: not learned), of the same length."""
 
     ids: list[int]
     weights: list[float]
@@ -26,155 +28,139 @@ class Example:
         return sum(map(abs, self.weights[1:]))
 
 
-def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Example:
-    """Turn a record into at most `max_length` tokens (None: all); what is learned ends with the end-of-text token.
+@dataclass(frozen=True)
+class Turn:
+    """What a model is asked, token by token as it will be, and what it should answer."""
+
+    asked: Example
+    answered: Example
+
+
+def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[Example]:
+    """The examples of a record, each of at most `max_length` tokens (None: all).
+
+    It is one, unless the chat template shows earlier turns otherwise once a chat goes on: then each answer that counts
+    is in one of its own.
 
     Raises:
-        MistakeError: messages for a tokenizer whose chat template is missing, rewrites earlier turns, or changes a
-            message that has weights of its own; token ids that the tokenizer does not have.
+        MistakeError: the record does not go with the base's chat template or its tokenizer.
+    """
+    examples: list[Example] = []
+    for turn in turns(record, tokenizer):
+        before = examples[-1] if examples else Example([], [])
+        if turn.asked.ids[: len(before.ids)] == before.ids:
+            examples = examples[:-1]
+        else:
+            before = Example([], [])
+        weights = [*before.weights, *turn.asked.weights[len(before.ids) :], *turn.answered.weights]
+        examples.append(Example(turn.asked.ids + turn.answered.ids, weights))
+    return [Example(example.ids[:max_length], example.weights[:max_length]) for example in examples]
+
+
+def encode_question(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of all that comes before the reference answer, if there is one: what a generation starts from."""
+    return [] if answer(record) is None else turns(record, tokenizer)[-1].asked.ids
+
+
+def turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    """Every answer of a record that counts, and the last; a text and token ids answer nothing.
+
+    Raises:
+        MistakeError: as `encode`.
     """
     if "input_ids" in record:
         _check_vocabulary(record, tokenizer)
-        ids, weights = record["input_ids"], list(map(float, record["loss_weights"]))
-        return Example(ids[:max_length], weights[:max_length])
-    ids = _start(record, tokenizer)
-    weights = [0.0] * len(ids)
-    for piece in _pieces(record, tokenizer):
-        tokens, counted = _tokens(piece, tokenizer)
-        ids += tokens
-        weights += counted
-    if "messages" not in record:
-        ids.append(tokenizer.eos_token_id)
-        weights.append(piece.weight)
-    return Example(ids[:max_length], weights[:max_length])
+        return [Turn(Example([], []), Example(record["input_ids"], list(map(float, record["loss_weights"]))))]
+    if chat := as_chat(record, tokenizer):
+        return [_turn(*pair, [], tokenizer, end=chat.end[0] is None) for pair in chat.answers()]
+    prompt = Text(record.get("prompt", ""), weight_of(record, "prompt_weight", 0.0))
+    text = record["completion"] if "prompt" in record else record["text"]
+    learned = Text(text, weight_of(record, "weight", 1.0), spans_of(record))
+    first = tokenizer("")["input_ids"][:1]  # the beginning-of-text token, where the tokenizer puts one before a text
+    if first != [tokenizer.bos_token_id]:
+        first = []
+    if prompt.text == "" and "prompt" in record and not first:  # a generation must start from something
+        first = [end_of_text(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    return [_turn(prompt, learned, first, tokenizer, end=True)]
 
 
-def encode_question(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of all that comes before the reference answer, if there is one: what a generation starts from."""
-    if answer(record) is None:
-        return []
-    if "messages" in record:
-        text = _render(record["messages"][:-1], tokenizer, ask=True)
-    else:
-        text = record["prompt"]
-    return _start(record, tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text.
+
+    Raises:
+        MistakeError: there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise MistakeError(
+            "a record has an end that base.model of params.yaml has no token for; give its tokenizer an eos_token, in"
+            " tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
 
 
-def _start(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The beginning-of-text token, where the tokenizer puts one before a text and no chat template does it instead."""
-    first = [] if "messages" in record else tokenizer("")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def _turn(prompt: Text, learned: Text, first: list[int], tokenizer: PreTrainedTokenizerBase, end: bool) -> Turn:
+    """A prompt and what follows it, with the end-of-text token where no other ends the answer."""
+    asked, weights = _tokens(prompt, tokenizer)
+    answered = Example(*_tokens(learned, tokenizer, before=prompt.text))
+    if end:
+        answered = Example([*answered.ids, end_of_text(tokenizer)], [*answered.weights, learned.weight])
+    return Turn(Example(first + asked, [0.0] * len(first) + weights), answered)
 
 
-def _check_vocabulary(record: Record, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _tokens(piece: Text, tokenizer: PreTrainedTokenizerBase, before: str = "") -> tuple[list[int], list[float]]:
+    """Token ids and weights of a text that follows `before`; a token has the weight of its first character.
+
+    Spaces at its beginning do not count: a token often starts with the space before a word.
+    """
+    lead = _lead(piece.text, before, tokenizer)
+    skipped = len(_ids(lead, tokenizer))
+    ids = _ids(lead + piece.text, tokenizer)[skipped:]
+    if not piece.spans:
+        return ids, [piece.weight] * len(ids)
+    weights = [piece.weight] * (len(piece.text) + 1)  # one more, for a token of no characters at the end
+    for start, end, weight in piece.spans:
+        weights[start:end] = [weight] * (end - start)
+    starts = [_first(lead + piece.text, *ends) for ends in _offsets(lead + piece.text, tokenizer)[skipped:]]
+    return ids, [weights[max(start - len(lead), 0)] for start in starts]
+
+
+def _lead(text: str, before: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to put before a text that follows `before` to have its tokens as they follow.
+
+    Tokenizers like SentencePiece put a space before the first text, and a tokenizer may make one token of the end of
+    `before` and the beginning of `text`, which a model cannot when it goes on from all tokens of `before`.
+    """
+    for lead in (before, *BETWEEN) if before else ():
+        start = _ids(lead, tokenizer)
+        if _ids(lead + text, tokenizer)[: len(start)] == start:
+            return lead
+    return ""
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Where each token of the text begins and ends, in characters."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+    except NotImplementedError:
+        raise MistakeError(
+            "a record has weights of some characters, and base.model of params.yaml has a tokenizer that does not tell"
+            " which characters a token stands for; use records with input_ids in place of spans"
+        ) from None
+
+
+def _first(text: str, start: int, end: int) -> int:
+    """The first character of text[start:end] that is no space."""
+    words = text[start:end].lstrip()
+    return end - len(words) if words else start
+
+
+def _check_vocabulary(record: Record, tokenizer: PreTrainedTokenizerBase) -> None:
     if (highest := max(record["input_ids"])) >= len(tokenizer):
         raise MistakeError(
             f"a record has input_ids up to {highest}, but base.model of params.yaml has {len(tokenizer)} tokens;"
             " make them with its tokenizer"
         )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Text that becomes tokens on its own, so that its ends are token boundaries, and its weights."""
-
-    text: str
-    weight: float
-    spans: list[Span] = field(default_factory=list)
-
-
-def _pieces(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Piece]:
-    if "messages" in record:
-        yield from _turns(record["messages"], tokenizer)
-        return
-    if "prompt" in record:
-        yield _Piece(record["prompt"], _weight(record, "prompt_weight", 0.0))
-    text = record["completion"] if "prompt" in record else record["text"]
-    yield _Piece(text, _weight(record, "weight", 1.0), _spans(record))
-
-
-def _turns(messages: list[Record], tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Piece]:
-    done = ""
-    for position, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked = _render(messages[:position], tokenizer, ask=True)
-            yield _Piece(_rest(asked, done), 0.0)
-            done = asked
-        shown = _render(messages[: position + 1], tokenizer)
-        yield _turn(messages[: position + 1], _rest(shown, done), done, tokenizer)
-        done = shown
-
-
-def _turn(messages: list[Record], text: str, done: str, tokenizer: "PreTrainedTokenizerBase") -> _Piece:
-    """The last of `messages`, which the template shows as `text`: its weight is that of its content and its end."""
-    answers = messages[-1]["role"] == "assistant"  # what comes before its content is then the template's doing
-    weight, spans = _weight(messages[-1], "weight", float(answers)), _spans(messages[-1])
-    if not spans and (answers or not weight):
-        return _Piece(text, weight)
-    first = _find_content(messages, text, done, tokenizer)
-    moved = [(first + start, first + end, other) for start, end, other in spans]
-    return _Piece(text, weight if answers else 0.0, [(first, len(text), weight), *moved])
-
-
-def _find_content(messages: list[Record], text: str, done: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Where the last message's content starts in `text`; searching for it might find the role of the same name."""
-    marked = _render([*messages[:-1], messages[-1] | {"content": MARK}], tokenizer)
-    start = _rest(marked, done).find(MARK)
-    if start < 0 or not text.startswith(messages[-1]["content"], start):
-        raise MistakeError(
-            "params.yaml: base.model has a chat template that changes a message with a weight or spans of its own;"
-            " remove spaces at its ends, or use records with prompt and completion"
-        )
-    return start
-
-
-def _tokens(piece: _Piece, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[float]]:
-    """Token ids and weights; a token has the weight of its first character that is no space."""
-    if not piece.spans:
-        ids = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-        return ids, [piece.weight] * len(ids)
-    weights = [piece.weight] * (len(piece.text) + 1)  # one more, for a token of no characters at the end
-    for start, end, weight in piece.spans:
-        weights[start:end] = [weight] * (end - start)
-    try:
-        found = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)
-    except NotImplementedError:
-        raise MistakeError(
-            "params.yaml: base.model has a tokenizer that does not tell which characters a token stands for; use"
-            " records with input_ids in place of spans"
-        ) from None
-    return found["input_ids"], [weights[_first(piece.text, *offsets)] for offsets in found["offset_mapping"]]
-
-
-def _first(text: str, start: int, end: int) -> int:
-    """The first character of text[start:end] that is no space: a token often starts with the space before a word."""
-    words = text[start:end].lstrip()
-    return end - len(words) if words else start
-
-
-def _weight(owner: Record, key: str, default: float) -> float:
-    value = owner.get(key)
-    return default if value is None else float(value)
-
-
-def _spans(owner: Record) -> list[Span]:
-    return [(int(start), int(end), float(weight)) for start, end, weight in owner.get("spans") or []]
-
-
-def _render(messages: list[Record], tokenizer: "PreTrainedTokenizerBase", ask: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise MistakeError(
-            "params.yaml: base.model has no chat template for records with messages;"
-            " use a chat model, or records with prompt and completion"
-        )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-
-
-def _rest(text: str, start: str) -> str:
-    """The part of `text` after `start`: rendering by prefix difference needs no change of the template."""
-    if not text.startswith(start):
-        raise MistakeError(
-            "params.yaml: base.model has a chat template that rewrites earlier turns as the chat goes on;"
-            " split such chats into records with one answer each"
-        )
-    return text[len(start) :]

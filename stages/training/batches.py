@@ -31,9 +31,9 @@ Key = TypeVar("Key")
 
 
 class Encoded(Sequence[Example]):
-    """The records that have something to learn, turned into tokens when they are asked for.
+    """The examples of records that have something to learn, turned into tokens when they are asked for.
 
-    A dataset may be larger than the memory, which holds a number for each record.
+    A dataset may be larger than the memory, which holds two numbers for each example.
 
     Args:
         records: any sequence of them.
@@ -42,27 +42,29 @@ class Encoded(Sequence[Example]):
         part: of a mix; other parts are left out.
 
     Attributes:
-        cut: how many records lost tokens to `max_length`, those among them that have nothing left to learn.
+        cut: how many examples lost tokens to `max_length`, those among them that have nothing left to learn.
     """
 
     def __init__(
         self, records: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, part: str | None = None
     ) -> None:
         self._records, self._tokenizer, self._max_length = records, tokenizer, max_length
-        self._places = array("Q")
+        self._places, self._turns = array("Q"), array("Q")
         self.cut = 0
         for place in range(len(records)):
             if part in (None, records[place].get("part")):
                 longer = encode(records[place], tokenizer, max_length + 1)  # one token more shows what is cut
-                self.cut += len(longer.ids) > max_length
-                if Example(longer.ids[:max_length], longer.weights[:max_length]).learned:
-                    self._places.append(place)
+                for turn, example in enumerate(longer):
+                    self.cut += len(example.ids) > max_length
+                    if Example(example.ids[:max_length], example.weights[:max_length]).learned:
+                        self._places.append(place)
+                        self._turns.append(turn)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, place: Any) -> Any:
-        return encode(self._records[self._places[place]], self._tokenizer, self._max_length)
+        return encode(self._records[self._places[place]], self._tokenizer, self._max_length)[self._turns[place]]
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,16 @@ def encode_split(datasets: list[str], split: str, name: str, stage: Training, pa
     """Examples of one split of the datasets, one after the other, or of one part of a mix.
 
     Raises:
-        MistakeError: the stage's `max_length` cuts off every answer, or no token has a weight.
+        MistakeError: the stage's `max_length` cuts off every answer, no token has a weight, or a record does not go
+            with the base's chat template or tokenizer.
     """
     records: Any = [load_split(dataset, split) for dataset in datasets]
-    found = Encoded(ConcatDataset(records), load_tokenizer(), stage.max_length, part)
+    which = part or ", ".join(datasets)
+    try:
+        found = Encoded(ConcatDataset(records), load_tokenizer(), stage.max_length, part)
+    except MistakeError as error:
+        raise MistakeError(f"params.yaml: stages.{name} learns {which}, where {error}") from None
     if not found:
-        which = part or ", ".join(datasets)
         raise MistakeError(
             f"params.yaml: stages.{name}.max_length {stage.max_length} cuts off every answer of {which}; raise it"
             if found.cut

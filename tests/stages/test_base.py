@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import base
 from stages.errors import MistakeError
-from stages.files import BASE, read_json
+from stages.files import BASE, read_json, write_json
 from stages.models.room import add_adapters
 from stages.models.source import locate
 from stages.settings.base import Base
-from tests.conftest import PARAMS, make_base
+from tests.conftest import PARAMS, make_base, make_tokenizer
 
 
 def use(model, dtype="float32"):
@@ -42,6 +42,29 @@ def test_a_sharded_folder_is_read(project):
     use("shards")
     base.main()
     assert set(load_file(BASE / "model.safetensors")) == set(load_file("model/model.safetensors"))
+
+
+TURNS = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "config", "stops"),
+    [
+        (None, {"eos_token_id": 0}, [0]),
+        (TURNS, {"eos_token_id": 0}, [0, 128]),  # a turn of the chat template ends with another token
+        (TURNS, {"eos_token_id": [5, 0], "repetition_penalty": 1.5}, [0, 5, 128]),
+    ],
+)
+def test_the_generation_config_stops_at_all_that_ends_an_answer(project, template, config, stops):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<over>"])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained("model")
+    path = Path("model/generation_config.json")
+    write_json(path, read_json(path) | config)
+    base.main()
+    assert read_json(BASE / "generation_config.json") | {"eos_token_id": config["eos_token_id"]} == read_json(path)
+    assert read_json(BASE / "generation_config.json")["eos_token_id"] == stops
 
 
 def test_layers_that_the_new_model_does_not_have_are_told_before_training(project):

@@ -24,7 +24,7 @@ def test_loss_is_per_token_whatever_the_batch():
     model, tokenizer = make_model()
     total, count = 0.0, 0
     for record in RECORDS:
-        example = encode(record, tokenizer, 100)
+        (example,) = encode(record, tokenizer, 100)
         labels = [i if learned else -100 for i, learned in zip(example.ids, example.weights, strict=True)]
         loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
         total, count = total + float(loss) * sum(example.weights), count + sum(example.weights)
@@ -36,7 +36,7 @@ def test_loss_is_per_token_whatever_the_batch():
 def test_a_model_without_a_limit_of_positions_reads_all():
     model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)).eval()
     record = {"text": "abcdefgh" * 20}
-    ids = torch.tensor([encode(record, make_tokenizer(), None).ids])
+    ids = torch.tensor([encode(record, make_tokenizer(), None)[0].ids])
     found = scoring.mean_loss(model, make_tokenizer(), [record], 1)
     assert ids.shape == (1, 161) and found == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
 
@@ -54,15 +54,15 @@ def test_a_padded_batch_answers_as_each_question_alone():
     assert max(shortest) > 0
 
 
-def greedy(model, tokenizer, record, most):
-    """The most probable token after the other, up to the end of the text."""
+def greedy(model, tokenizer, record, most, stops=(0,)):
+    """The most probable token after the other, up to one that ends an answer."""
     ids = encode_question(record, tokenizer)
     start = len(ids)
     while len(ids) < start + most:
         with torch.no_grad():
             ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-        if ids[-1] == tokenizer.eos_token_id:
-            break
+        if ids[-1] in stops:
+            return tokenizer.decode(ids[start:-1], skip_special_tokens=True).strip()
     return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
@@ -93,7 +93,6 @@ OTHERWISE = [  # what a base's generation_config.json may ask for
     {"guidance_scale": 3.0},
     {"prompt_lookup_num_tokens": 3},
     {"dola_layers": "low"},
-    {"eos_token_id": list(range(1, 128))},
     {"pad_token_id": 99},
     {"watermarking_config": {"greenlist_ratio": 0.25, "bias": 50.0}},
     {"cache_implementation": "static"},
@@ -114,6 +113,19 @@ def test_answers_are_greedy_whatever_the_base_asks_for(asked):
     truth = [greedy(model, tokenizer, record, 9) for record in records]
     assert scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=20)) == truth
     assert max(map(len, truth)) > 3
+
+
+def test_an_answer_ends_with_every_token_of_the_generation_config():
+    make_base("llama-untied")
+    record = {"prompt": "aaa", "completion": "z" * 8}
+    model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
+    whole = greedy(model, tokenizer, record, 9)
+    path = BASE / "generation_config.json"
+    write_json(path, read_json(path) | {"eos_token_id": [0, ord(whole[4])]})
+    model = load_model(Checkpoint(BASE, "base"), torch.float32)
+    for _ in range(2):  # a second dataset is scored with the same model
+        (answer,) = scoring.generate(model, tokenizer, [record], Evaluate(max_new_tokens=20))
+        assert answer == whole[: whole.index(whole[4])].strip()
 
 
 @pytest.mark.parametrize(

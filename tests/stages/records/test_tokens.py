@@ -16,12 +16,13 @@ from stages.settings.base import Base
 from tests.conftest import make_tokenizer
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}.{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
 def shown(record, tokenizer, length=100):
-    example = encode(check(record, "here"), tokenizer, length)
+    (example,) = encode(check(record, "here"), tokenizer, length)
     assert len(example.ids) == len(example.weights)
     text = [chr(i) if i else "$" for i in example.ids]
     return "".join(text), "".join(t for t, learned in zip(text, example.weights, strict=True) if learned)
@@ -31,7 +32,7 @@ def weighted(record, template=TEMPLATE):
     """The record's text, and below each character one of `WEIGHTS`."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    example = encode(check(record, "here"), tokenizer, 100)
+    (example,) = encode(check(record, "here"), tokenizer, 100)
     text = "".join(chr(i) if i else "$" for i in example.ids)
     return text, "".join(WEIGHTS[weight] for weight in example.weights)
 
@@ -56,33 +57,35 @@ def test_every_answer_of_a_chat_is_learned_and_nothing_else():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     turns = chat(("u", "q", {}), ("a", "r", {}), ("u", "s", {}), ("a", "t", {}))
-    assert shown(turns, tokenizer) == ("<u>q.<a>r.<u>s.<a>t.", "r.t.")
-    assert "".join(map(chr, encode_question(turns, tokenizer))) == "<u>q.<a>r.<u>s.<a>"
+    assert shown(turns, tokenizer) == ("<u>q$<a>r$<u>s$<a>t$", "r$t$")
+    assert "".join(map(chr, encode_question(turns, tokenizer))).replace("\0", "$") == "<u>q$<a>r$<u>s$<a>"
 
 
 def test_a_text_begins_as_the_tokenizer_begins_it():
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "\x01"})
-    asked = {"prompt": "1+1=", "completion": "2"}
+    asked = {"prompt": "1+1=", "completion": "2", "format": "plain"}
     assert shown(asked, tokenizer) == ("1+1=2$", "2$")  # a token that the tokenizer knows and does not put there
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="\x01 $A", special_tokens=[("\x01", tokenizer.bos_token_id)]
     )
     tokenizer.chat_template = TEMPLATE
     assert encode_question(asked, tokenizer) == tokenizer("1+1=")["input_ids"]
-    assert encode(asked, tokenizer, None) == Example([*tokenizer("1+1=2")["input_ids"], 0], [0.0] * 5 + [1.0] * 2)
-    assert encode({"text": "ab"}, tokenizer, None) == Example([*tokenizer("ab")["input_ids"], 0], [0.0, 1.0, 1.0, 1.0])
-    assert encode({"text": "ab"}, tokenizer, 2).ids == tokenizer("a")["input_ids"]
+    assert encode(asked, tokenizer, None) == [Example([*tokenizer("1+1=2")["input_ids"], 0], [0.0] * 5 + [1.0] * 2)]
+    assert encode({"text": "ab"}, tokenizer, None) == [
+        Example([*tokenizer("ab")["input_ids"], 0], [0.0, 1.0, 1.0, 1.0])
+    ]
+    assert encode({"text": "ab"}, tokenizer, 2)[0].ids == tokenizer("a")["input_ids"]
     assert shown({"input_ids": [97], "loss_weights": [1]}, tokenizer) == ("a", "a")
-    assert shown(chat(("u", "q", {}), ("a", "r", {})), tokenizer) == ("<u>q.<a>r.", "r.")  # the template's to say
+    assert shown(chat(("u", "q", {}), ("a", "r", {})), tokenizer) == ("<u>q$<a>r$", "r$")  # the template's to say
 
 
 def test_nothing_is_put_before_a_text_of_the_default_base():
     source = locate(Base(model="bundled:smollm2-135m-instruct"))
     tokenizer = AutoTokenizer.from_pretrained(source["pretrained_model_name_or_path"], gguf_file=source["gguf_file"])
     ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    assert encode({"text": "a b"}, tokenizer, None).ids == [*ids, tokenizer.eos_token_id]
-    assert encode_question({"prompt": "a b", "completion": "c"}, tokenizer) == ids
+    assert encode({"text": "a b"}, tokenizer, None)[0].ids == [*ids, tokenizer.eos_token_id]
+    assert encode_question({"prompt": "a b", "completion": "c", "format": "plain"}, tokenizer) == ids
 
 
 @pytest.mark.parametrize(
@@ -94,21 +97,23 @@ def test_nothing_is_put_before_a_text_of_the_default_base():
         ({"text": "abcd", "spans": [[1, 3, 2]]}, "abcd$", "12211"),
         ({"text": "abcd", "weight": 0, "spans": [[0, 3, 2], [2, 4, -1.0]]}, "abcd$", "22--0"),
         ({"text": "abcd", "spans": [[0.0, 4.0, 3.0]]}, "abcd$", "33331"),
-        ({"prompt": "ab", "completion": "cd", "prompt_weight": 0.5}, "abcd$", "hh111"),
-        ({"prompt": "ab", "completion": "cd", "weight": -1}, "abcd$", "00---"),
-        ({"prompt": "ab", "completion": "cd", "spans": [[1, 2, 3]]}, "abcd$", "00131"),
-        ({"prompt": "", "completion": "cd", "weight": 2, "prompt_weight": 1}, "cd$", "222"),
-        (chat(("u", "qq", {}), ("a", "rr", {"weight": 2})), "<u>qq.<a>rr.", "000000000222"),
-        (chat(("u", "qq", {"weight": 0.5}), ("a", "rr", {})), "<u>qq.<a>rr.", "000hhh000111"),
-        (chat(("u", "qq", {"spans": [[1, 2, 3]]}), ("a", "rr", {})), "<u>qq.<a>rr.", "000030000111"),
+        ({"prompt": "ab", "completion": "cd", "prompt_weight": 0.5, "format": "plain"}, "abcd$", "hh111"),
+        ({"prompt": "ab", "completion": "cd", "weight": -1, "format": "plain"}, "abcd$", "00---"),
+        ({"prompt": "ab", "completion": "cd", "spans": [[1, 2, 3]], "format": "plain"}, "abcd$", "00131"),
+        ({"prompt": "", "completion": "cd", "weight": 2, "prompt_weight": 1, "format": "plain"}, "$cd$", "0222"),
+        ({"prompt": " ab\n", "completion": "cd", "prompt_weight": 0.5}, "<u>ab$<a>cd$", "000hhh000111"),
+        ({"prompt": "ab", "completion": " cd ", "spans": [[0, 2, 3]]}, "<u>ab$<a>cd$", "000000000311"),
+        (chat(("u", "qq", {}), ("a", "rr", {"weight": 2})), "<u>qq$<a>rr$", "000000000222"),
+        (chat(("u", "qq", {"weight": 0.5}), ("a", "rr", {})), "<u>qq$<a>rr$", "000hhh000111"),
+        (chat(("u", "qq", {"spans": [[1, 2, 3]]}), ("a", "rr", {})), "<u>qq$<a>rr$", "000030000111"),
         (
             chat(("u", "q", {}), ("a", "rrr", {"spans": [[0, 1, 0], [2, 3, -1]]})),
-            "<u>q.<a>rrr.",
+            "<u>q$<a>rrr$",
             "0000000001-1",
         ),
         # A message that is like what the template puts around it.
-        (chat(("u", "u", {"weight": 1}), ("a", "a", {"spans": [[0, 1, 2]]})), "<u>u.<a>a.", "0001100021"),
-        (chat(("s", "x", {"weight": 3}), ("u", "q", {}), ("a", "r", {})), "<s>x.<u>q.<a>r.", "000330000000011"),
+        (chat(("u", "u", {"weight": 1}), ("a", "a", {"spans": [[0, 1, 2]]})), "<u>u$<a>a$", "0001100021"),
+        (chat(("s", "x", {"weight": 3}), ("u", "q", {}), ("a", "r", {})), "<s>x$<u>q$<a>r$", "000330000000011"),
         ({"input_ids": [97, 98, 0, 99], "loss_weights": [1, 0.5, 0, -1]}, "ab$c", "1h0-"),
     ],
 )
@@ -147,35 +152,35 @@ def make_bpe():
 )
 def test_a_token_has_the_weight_of_its_first_letter(spans, expected):
     tokenizer = make_bpe()
-    example = encode(check({"text": "the answer is twelve", "spans": spans}, "here"), tokenizer, 100)
+    (example,) = encode(check({"text": "the answer is twelve", "spans": spans}, "here"), tokenizer, 100)
     assert [(tokenizer.decode([i]), w) for i, w in zip(example.ids, example.weights, strict=True)] == expected
 
 
 def test_all_tokens_of_one_character_have_its_weight():
-    example = encode({"text": "zäz", "spans": [[1, 2, 5]]}, make_bpe(), 100)
+    (example,) = encode({"text": "zäz", "spans": [[1, 2, 5]]}, make_bpe(), 100)
     assert example.weights == [1, 5, 5, 1, 1]
 
 
 def test_long_examples_are_cut():
     assert shown({"text": "abcdef"}, make_tokenizer(), 3) == ("abc", "abc")
-    assert encode({"input_ids": [5, 6, 7], "loss_weights": [1, 2, 3]}, make_tokenizer(), 2) == Example([5, 6], [1, 2])
+    assert encode({"input_ids": [5, 6, 7], "loss_weights": [1, 2, 3]}, make_tokenizer(), 2) == [Example([5, 6], [1, 2])]
 
 
 def test_a_chat_without_a_template_is_refused():
-    with pytest.raises(MistakeError, match="has no chat template for records with messages"):
+    with pytest.raises(MistakeError, match="has no chat template for them"):
         encode(chat(("u", "q", {}), ("a", "r", {})), make_tokenizer(), 10)
 
 
 @pytest.mark.parametrize(
     ("template", "keys", "sentence"),
     [
-        ("{{ messages | length }}" + TEMPLATE, {}, "rewrites earlier turns"),
+        ("{{ messages | length }}" + TEMPLATE, {}, "shows otherwise than it asks"),
         (
             TEMPLATE.replace("m.content", "m.content | trim"),
             {"spans": [[0, 1, 0]]},
-            "changes a message with a weight or",
+            "that the chat template of base.model changes",
         ),
-        (TEMPLATE.replace("m.content", "m.role"), {"spans": [[0, 1, 0]]}, "changes a message with a weight or spans"),
+        (TEMPLATE.replace("m.content", "m.role"), {"spans": [[0, 1, 0]]}, "does not show what the assistant says"),
     ],
 )
 def test_a_template_that_the_weights_do_not_fit_is_refused(template, keys, sentence):
@@ -185,7 +190,7 @@ def test_a_template_that_the_weights_do_not_fit_is_refused(template, keys, sente
 
 def test_a_template_that_trims_is_no_matter_without_spans():
     assert weighted(chat(("u", "q", {}), ("a", " r", {})), TEMPLATE.replace("m.content", "m.content | trim")) == (
-        "<u>q.<a>r.",
+        "<u>q$<a>r$",
         "0000000011",
     )
 
@@ -197,7 +202,7 @@ def test_spans_without_offsets_are_refused(monkeypatch):
         return {"input_ids": [1]}
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", call)
-    assert encode({"text": "a"}, make_tokenizer(), 10).ids == [1, 0]
+    assert encode({"text": "a"}, make_tokenizer(), 10)[0].ids == [1, 0]
     with pytest.raises(
         MistakeError, match="does not tell which characters a token stands for; use records with input_"
     ):

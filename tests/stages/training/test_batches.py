@@ -66,7 +66,7 @@ def test_shares():
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    eos_token_id, bos_token_id = 0, None
+    eos_token_id, bos_token_id, chat_template = 0, None, None
 
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}
@@ -183,8 +183,8 @@ def test_a_dataset_or_a_part_may_be_called_replay(project, where):
     found = sources(settings, name, settings.stages[name], 0)
     assert sorted(counts(found)) == sorted(expected)
     tokenizer = load_tokenizer()
-    own = {tuple(encode(record, tokenizer, 99).ids) for record in load_split(settings.stages[name].dataset, "train")}
-    earlier = {tuple(encode(record, tokenizer, 99).ids) for record in load_split("sums", "train")}
+    own = {tuple(encode(record, tokenizer, 99)[0].ids) for record in load_split(settings.stages[name].dataset, "train")}
+    earlier = {tuple(encode(record, tokenizer, 99)[0].ids) for record in load_split("sums", "train")}
     for source in found:
         assert {tuple(example.ids) for example in source.examples} <= (earlier if source.replayed else own)
 
@@ -219,7 +219,7 @@ def test_batches_are_the_dataset_shuffled_by_its_seed_in_the_order_of_the_stages
     tokenizer = load_tokenizer()
     composition = int.from_bytes(hashlib.sha256(b"0/words").digest()[:4], "big")
     for source, name, count in ((own, "words", 12), (replayed, "sums", 4)):
-        encoded = [encode(record, tokenizer, 1024) for record in load_split(name, "train")]
+        encoded = [encode(record, tokenizer, 1024)[0] for record in load_split(name, "train")]
         batches = -(-len(encoded) // count)
         shuffled = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(composition)).tolist()
         for step in (0, 3, batches + 1):
