@@ -110,8 +110,8 @@ class Chat:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise MistakeError(
-                f"a record has a chat that the chat template of base.model refuses ({first_line(error)}); change its roles or"
-                " what its messages hold"
+                f"a record has a chat that the chat template of base.model refuses ({first_line(error)}); change its"
+                " roles or what its messages hold"
             ) from None
 
     def _is_answer(self, place: int) -> bool:
