@@ -1,6 +1,7 @@
 """What a running model can do: its loss on records, and its answers."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,25 +56,36 @@ def generate(
     """
     asked = [turns(record, tokenizer)[-1] for record in records]
     stops = stop_tokens(model, tokenizer)
-    longest = max(len(turn.answered.ids) for turn in asked)
-    greedy = GenerationConfig(
-        max_new_tokens=min(longest, bounds.max_new_tokens),
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stops,
-    )
-    by_length = sorted(range(len(records)), key=lambda i: len(asked[i].asked.ids))
+    most = min(max(len(turn.answered.ids) for turn in asked), bounds.max_new_tokens)
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     answers = [""] * len(records)
     with _without_config(model):
-        for start in range(0, len(records), bounds.batch_size):
-            rows = by_length[start : start + bounds.batch_size]
+        for rows in _batches([len(turn.asked.ids) for turn in asked], bounds.batch_size, most, positions):
             questions = {"input_ids": [asked[i].asked.ids for i in rows]}
             batch = tokenizer.pad(questions, padding_side="left", return_tensors="pt").to(model.device)
+            width = batch["input_ids"].shape[1]
+            greedy = GenerationConfig(
+                max_new_tokens=min(most, positions - width),
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=stops,
+            )
             output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
-            for i, ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
                 spoken = itertools.takewhile(lambda token: token not in stops, ids)
                 answers[i] = tokenizer.decode(list(spoken), skip_special_tokens=True).strip()
     return answers
+
+
+def _batches(lengths: list[int], size: int, most: int, positions: int) -> list[list[int]]:
+    """Places of questions that are asked together, the shortest first.
+
+    One that leaves no room for `most` tokens is asked alone, and one that the model cannot read to its end not at all.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    roomy = [i for i in order if lengths[i] + most <= positions]
+    tight = [i for i in order[len(roomy) :] if lengths[i] < positions]
+    return [roomy[start : start + size] for start in range(0, len(roomy), size)] + [[i] for i in tight]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

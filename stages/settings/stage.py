@@ -70,7 +70,7 @@ class Training(Stage, ABC):
     micro_batch_size: int = Field(default=8, gt=0)
     """Examples at once in memory; lower it when memory runs out."""
     max_length: int = Field(default=1024, gt=1)
-    """Tokens per example; longer ones are cut."""
+    """Tokens per example, or as many as the base reads; longer ones are cut."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: Share = 0.1

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from stages.errors import MistakeError
-from stages.files import DATA, read_json, sha256
+from stages.files import BASE, DATA, read_json, sha256
+from stages.models.architecture import Architecture
 from stages.models.loading import load_tokenizer
 from stages.records.lines import load_split
 from stages.records.tokens import Example, encode
@@ -170,16 +171,22 @@ def encode_split(datasets: list[str], split: str, name: str, stage: Training, pa
     """Examples of one split of the datasets, one after the other, or of one part of a mix.
 
     Raises:
-        MistakeError: the stage's `max_length` cuts off every answer, no token has a weight, or a record does not go
-            with the base's chat template or tokenizer.
+        MistakeError: the stage's `max_length` or the model's own cuts off every answer, no token has a weight, or a
+            record does not go with the base's chat template or tokenizer.
     """
     records: Any = [load_split(dataset, split) for dataset in datasets]
     which = part or ", ".join(datasets)
+    positions = Architecture.of(BASE).positions or stage.max_length
     try:
-        found = Encoded(ConcatDataset(records), load_tokenizer(), stage.max_length, part)
+        found = Encoded(ConcatDataset(records), load_tokenizer(), min(stage.max_length, positions), part)
     except MistakeError as error:
         raise MistakeError(f"params.yaml: stages.{name} learns {which}, where {error}") from None
     if not found:
+        if found.cut and positions < stage.max_length:
+            raise MistakeError(
+                f"params.yaml: stages.{name} learns {which}, and base.model reads {positions} tokens, which cuts off"
+                " every answer; take shorter records"
+            )
         raise MistakeError(
             f"params.yaml: stages.{name}.max_length {stage.max_length} cuts off every answer of {which}; raise it"
             if found.cut

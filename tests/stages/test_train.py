@@ -198,6 +198,14 @@ def test_answers_that_never_fit_are_refused(project):
         train.main("sums")
 
 
+def test_answers_beyond_what_the_base_reads_are_refused(project):
+    prepare()
+    lines = [json.dumps({"prompt": "x" * 300 + str(number), "completion": "1"}) for number in range(40)]
+    Path("data/sums/train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(MistakeError, match=r"stages.sums learns sums, and base.model reads 256 tokens, which cuts off"):
+        train.main("sums")
+
+
 def test_a_rate_that_explodes_is_refused_and_leaves_no_checkpoint(project):
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 1.0e-2", "lr: 1.0e30"))
     weights = prepare()

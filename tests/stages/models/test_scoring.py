@@ -128,6 +128,17 @@ def test_an_answer_ends_with_every_token_of_the_generation_config():
         assert answer == whole[: whole.index(whole[4])].strip()
 
 
+def test_questions_that_are_longer_than_the_model_have_no_answer():
+    make_base("gpt2")  # 256 positions, of which none may be passed
+    model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
+    records = [{"prompt": "x" * n, "completion": "yyyy"} for n in (300, 256, 254, 5)]
+    answers = scoring.generate(model, tokenizer, records, Evaluate(max_new_tokens=20))
+    assert answers[:2] == ["", ""]
+    assert answers[2:] == [
+        greedy(model, tokenizer, record, most) for record, most in zip(records[2:], (2, 5), strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
     ("record", "text", "right"),
     [
