@@ -12,7 +12,7 @@ from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
 from stages.project.check import load_checked, refuse_layers_outside, refuse_unknown_modules
-from stages.records.chats import Chat
+from stages.records.template import Chat
 
 
 def main() -> None:
@@ -30,6 +30,11 @@ def main() -> None:
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
         ) from None
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise MistakeError(
+            f"params.yaml: base.model {settings.model!r} has a tokenizer of {len(tokenizer)} tokens and embeddings of"
+            f" {rows}; remove the tokens that were added to it, or resize the model's embeddings"
+        )
     refuse_layers_outside(params, model.config.num_hidden_layers)
     forget_quantisation(model)
     if settings.add_biases:

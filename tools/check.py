@@ -7,9 +7,9 @@ from stages.errors import MistakeError
 from stages.files import BASE, DATA, read_json
 from stages.project.check import check_against_base, load_checked
 from stages.project.params import PARAMS
-from stages.records.chats import as_chat, dated
 from stages.records.lines import load_split
 from stages.records.record import Record, answer
+from stages.records.template import as_chat, dated
 from stages.records.tokens import turns
 
 if TYPE_CHECKING:

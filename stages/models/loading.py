@@ -59,8 +59,8 @@ def set_weights(model: PreTrainedModel, checkpoint: Weights, modules: list[str])
 
 
 def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the end-of-text token for padding where it has none of its own."""
+    """The base's tokenizer, with the end-of-text token, or any, for padding where it has none of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

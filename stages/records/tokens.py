@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
-from stages.records.chats import Text, as_chat, spans_of, weight_of
 from stages.records.record import Record, answer
+from stages.records.template import Text, as_chat, spans_of, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -56,6 +56,9 @@ TURNS = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
     ],
 )
 def test_the_generation_config_stops_at_all_that_ends_an_answer(project, template, config, stops):
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.resize_token_embeddings(129)
+    model.save_pretrained("model")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<over>"])
     tokenizer.chat_template = template
@@ -90,6 +93,14 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
         base.main()
     assert sentence in str(mistake.value) and "\n" not in str(mistake.value)
     assert not BASE.exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_sentence(project):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained("model")
+    with pytest.raises(MistakeError, match=r"has a tokenizer of 129 tokens and embeddings of 128; remove the tokens"):
+        base.main()
 
 
 def test_a_hub_id_is_passed_on_with_its_revision():

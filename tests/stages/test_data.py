@@ -69,7 +69,7 @@ def test_the_same_rows_from_each_kind_of_file(path):
     )
 
 
-def test_chats_from_parquet_are_plain_lists():
+def test_template_from_parquet_are_plain_lists():
     chats = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}] for i in range(2)]
     write_rows("chat.parquet", [{"messages": chat} for chat in chats])
     train, evaluation = read("chat.parquet", eval=1)

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.errors import MistakeError
-from tests.stages.records.test_chats import CHAT, PHI, TEMPLATES, TOKENIZERS
+from tests.stages.records.test_template import CHAT, PHI, TEMPLATES, TOKENIZERS
 from tools.check import hold_against_use
 
 

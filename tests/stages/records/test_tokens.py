@@ -298,3 +298,12 @@ def test_a_line_that_is_no_json_is_named(line, reason):
 def test_an_empty_file_has_no_lines():
     Path("rows.jsonl").touch()
     assert list(Lines(Path("rows.jsonl"))) == []
+
+
+def test_a_text_without_a_token_for_its_end_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(MistakeError, match="has no token for; give its tokenizer an eos_token"):
+        encode({"prompt": "a", "completion": "b"}, tokenizer, 10)
+    tokenizer.chat_template = TEMPLATE
+    assert [example.ids[-1] for example in encode({"prompt": "a", "completion": "b"}, tokenizer, None)] == [0]
