@@ -25,29 +25,28 @@ def main(name: str) -> None:
     settings = load_params()
     dataset: Source = settings.find("datasets", name)
     splits = dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}")
-    counts, characters = {}, {}
+    report: dict[str, Any] = {}
     with publish(DATA / name) as folder:
         for part, records in splits.parts.items():
-            counts[part], characters[part] = _write(records, folder / f"{part}.jsonl")
+            report |= _write(records, folder / f"{part}.jsonl")
         if isinstance(dataset, Mix):
             write_json(folder / "mix.json", dataset.weights())
-    parts = ("train", "eval", "tune")
-    report: dict[str, Any] = {part: counts[part] for part in parts}
-    report |= {f"{part}_characters": characters[part] for part in parts}
     report |= report_of(splits.found)
-    report["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in parts)
+    report["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in ("train", "eval", "tune"))
     write_json(REPORTS / "data" / f"{name}.json", {name: report})
 
 
-def _write(records: Iterable[Record], path: Path) -> tuple[int, int]:
-    """Write records line by line; returns how many there are, and their characters."""
-    count = characters = 0
+def _write(records: Iterable[Record], path: Path) -> dict[str, int]:
+    """Write the records of a split line by line; returns how many there are, with an answer, and their characters."""
+    count = answers = characters = 0
     with path.open("w", encoding="utf-8") as lines:
         for record in records:
             lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            reference = answer(record)
             count += 1
-            characters += len(question(record)) + len(answer(record) or "")
-    return count, characters
+            answers += reference is not None
+            characters += len(question(record)) + len(reference or "")
+    return {path.stem: count, f"{path.stem}_answers": answers, f"{path.stem}_characters": characters}
 
 
 if __name__ == "__main__":

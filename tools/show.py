@@ -51,10 +51,12 @@ def main(name: str, count: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     records, report = _training(dataset, name, settings.seed, count)
+    for line in told(dataset, report):
+        print(line)
     examples = [encode(record, tokenizer, sys.maxsize) for record in records]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     scale = max(abs(weight) for example in examples for weight in _counted(example)) if coloured else None
-    print(*told(dataset, report), legend(scale), sep="\n")
+    print(legend(scale))
     for number, (record, example) in enumerate(zip(records, examples, strict=True), start=1):
         part = f" of {record['part']}" if "part" in record else ""
         texts = [str(tokenizer.decode([token])) for token in example.ids]

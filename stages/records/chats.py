@@ -8,6 +8,7 @@ from stages.records.values import as_json, as_mappings, as_text, some
 from stages.settings.section import nearest
 
 Message = Record
+CALLS = {"tool_calls", "function_call"}  # the second is the older name, of one call
 
 ROLES = {  # ShareGPT's names
     "human": "user",
@@ -34,6 +35,8 @@ def to_chat(value: Any, where: str) -> list[Message]:
     messages = as_json(value, where)
     if messages is None:
         return []
+    if isinstance(messages, dict) and all(isinstance(each, list) for each in messages.values()):
+        messages = [dict(zip(messages, each, strict=True)) for each in zip(*messages.values(), strict=False)]
     if not isinstance(messages, list):
         raise MistakeError(f"{where} is no list of messages; write [{{role, content}}, …]")
     return [_message(message, f"{where} message {number}") for number, message in enumerate(messages, start=1)]
@@ -51,9 +54,11 @@ def _message(message: Any, where: str) -> Message:
     if "role" not in message and "from" in message:
         message = _renamed(message, where)
     kept = {key: value for key, value in message.items() if some(value) is not None}
-    if not isinstance(kept.get("role"), str) or not ("content" in message or "tool_calls" in kept):
+    if not isinstance(kept.get("role"), str) or not ("content" in message or CALLS & kept.keys()):
         raise MistakeError(f"{where} needs role and content as text; write both in every message")
     kept["content"] = _content(kept.get("content"), f"{where} content")
+    if call := as_json(kept.pop("function_call", None), f"{where} function_call"):
+        kept["tool_calls"] = [{"type": "function", "function": call}]
     if calls := as_mappings(kept.pop("tool_calls", None), f"{where} tool_calls"):
         kept["tool_calls"] = calls
     return kept
@@ -63,8 +68,7 @@ def _renamed(message: Message, where: str) -> Message:
     """ShareGPT's message with OpenAI's keys."""
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     if message["from"] == "function_call":
-        call = as_json(message.get("value"), f"{where} value")
-        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}], **rest}
+        return {"role": "assistant", "content": None, "function_call": message.get("value"), **rest}
     if message["from"] not in ROLES:
         raise MistakeError(
             f"{where} is from {message['from']!r}, which is no known role; {nearest(message['from'], ROLES)}"

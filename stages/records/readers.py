@@ -63,12 +63,14 @@ def _unpack(path: Path, packed: str) -> IO[bytes]:
 
 
 def _choose(parts: dict[str, Any], split: str | None, where: str) -> Any:
-    """One of several parts by its name."""
-    if split is not None and split not in parts:
-        raise MistakeError(f"{where}.split {split!r} is not in what path names; {nearest(split, parts)}")
-    if split is None and parts:
-        raise MistakeError(f"{where}.split is missing, for path names several; choose one of {', '.join(parts)}")
-    return parts.get(split)
+    """One of several parts by its name, or the only one; None where there are none and none is asked for."""
+    if split is None and len(parts) > 1:
+        raise MistakeError(f"{where}.split is missing, for path holds several; choose one of {', '.join(parts)}")
+    if split is None:
+        return next(iter(parts.values()), None)
+    if split not in parts:
+        raise MistakeError(f"{where}.split {split!r} is not in what path holds; {nearest(split, parts)}")
+    return parts[split]
 
 
 def _is_document(file: Path, kind: str) -> bool:
@@ -89,13 +91,13 @@ def _read_document(path: Path, file: Path, split: str | None, where: str) -> Row
     try:
         content = parse(decode(path, file.read_bytes()))
     except ValueError as error:
-        line, reason = (error.lineno, error.msg) if isinstance(error, JSONDecodeError) else (1, error)
-        raise MistakeError(f"{path} line {line} is not valid JSON ({reason}); correct that line") from None
+        place, reason = (f" line {error.lineno}", error.msg) if isinstance(error, JSONDecodeError) else ("", error)
+        raise MistakeError(f"{path}{place} is not valid JSON ({reason}); correct it") from None
     rows = content
     if isinstance(content, dict):
         lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
         lists = {name: value for name, value in lists.items() if all(isinstance(each, dict) for each in value)}
-        rows = next(iter(lists.values())) if len(lists) == 1 and split is None else _choose(lists, split, where)
+        rows = _choose(lists, split, where)
     else:
         _choose({}, split, where)
     if not isinstance(rows, list):
@@ -111,5 +113,8 @@ def _read_folder(path: Path, split: str | None, where: str) -> Rows:
         rows = datasets.load_from_disk(str(path))
     except (OSError, ValueError):
         raise MistakeError(f"{where}.path {str(path)!r} is no folder of save_to_disk; name one of its files") from None
-    chosen = _choose(dict(rows) if isinstance(rows, datasets.DatasetDict) else {}, split, where)
-    return Rows(chosen or rows, lambda place: f"{path} row {place + 1}", "save_to_disk", gaps=True)
+    if isinstance(rows, datasets.DatasetDict):
+        rows = _choose(dict(rows), split, where)
+    else:
+        _choose({}, split, where)
+    return Rows(rows, lambda place: f"{path} row {place + 1}", "save_to_disk", gaps=True)

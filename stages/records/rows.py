@@ -112,10 +112,14 @@ class Checked(Sequence[Record]):
         return record if is_empty(record) else check(record, where)
 
 
-def without_gaps(value: Any, listed: bool = False) -> Any:
-    """A row of a table less the nulls of mappings in its lists, whose keys are those of all rows together."""
+def without_gaps(value: Any, depth: int = 0) -> Any:
+    """A row of a table less the nulls deep in its lists: a mapping there has the keys of those of all rows together.
+
+    Those of a message itself (`depth` 1) stay, for an empty content is null too.
+    """
     if isinstance(value, dict):
-        return {key: without_gaps(item, listed) for key, item in value.items() if not listed or item is not None}
+        inner = depth + 1 if depth else 0
+        return {key: without_gaps(item, inner) for key, item in value.items() if depth < 2 or item is not None}
     if isinstance(value, list):
-        return [without_gaps(item, True) for item in value]
+        return [without_gaps(item, max(depth, 1)) for item in value]
     return value

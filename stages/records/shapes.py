@@ -125,8 +125,9 @@ def _build(taken: dict[str, Any], where: str) -> Record:
     if "messages" in taken:
         return {"messages": _opened(to_chat(taken["messages"], where), taken, where)} | weights | template
     prompt, completion = (_side(taken[part], f"{where} {part}") for part in ("prompt", "completion"))
-    if given := as_text(taken.get("input"), f"{where} input").strip():
-        prompt = f"{prompt}\n\n{given}"
+    given = as_text(taken.get("input"), f"{where} input")
+    if given.strip() and isinstance(prompt, str):
+        prompt = f"{prompt}\n\n{given}" if prompt.strip() else given
     opening = _opened([], taken, where)
     if not opening and isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": completion} | weights | template

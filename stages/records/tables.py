@@ -23,10 +23,11 @@ def read_csv(path: Path, stored: Path, kind: str) -> Rows:
         MistakeError: it is not such a file, or a row has more or fewer fields than the first.
     """
     text = decode(path, stored.read_bytes())
-    head = next(filter(None, text.splitlines()), "")
+    head = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "\t" if kind == ".tsv" else next((each for each in DELIMITERS if each in head), ",")
     fields_of_lines = _fields(path, text, delimiter)
     first, header = next(fields_of_lines, (1, []))
+    header = [name.strip() for name in header]
     names = [name for name in header if name]
     if not names or len(names) > len(set(names)):
         raise MistakeError(f"{path} line {first} should name the columns, each name once, such as prompt,completion")

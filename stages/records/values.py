@@ -75,10 +75,10 @@ def as_json(value: Any, where: str) -> Any:
 
 
 def as_mappings(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of mappings; empty where there is nothing."""
+    """A list of mappings without what is null in them; empty where there is nothing."""
     found = as_json(value, where)
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise MistakeError(f"{where} is no list of mappings; write [{{…}}, …]")
-    return found
+    return [{key: item for key, item in each.items() if item is not None} for each in found]
