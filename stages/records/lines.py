@@ -10,6 +10,8 @@ from stages.errors import MistakeError
 from stages.files import DATA
 from stages.records.record import Record
 
+BLANK = b"\xef\xbb\xbf \t\r\n"  # the mark that some programs begin a file of UTF-8 with is blank too
+
 
 class Lines(Sequence[Record]):
     """Records of a jsonl file, parsed when they are asked for: memory holds where each line starts, and no more.
@@ -25,7 +27,7 @@ class Lines(Sequence[Record]):
         start = 0
         with self._stored.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
+                if line.strip(BLANK):
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)

@@ -7,7 +7,7 @@ from tempfile import NamedTemporaryFile
 from typing import IO, Any
 
 from stages.errors import MistakeError, first_line
-from stages.records.lines import Lines, parse
+from stages.records.lines import BLANK, Lines, parse
 from stages.records.rows import Rows
 from stages.records.tables import decode, read_csv, read_parquet
 from stages.settings.section import nearest
@@ -76,8 +76,8 @@ def _choose(parts: dict[str, Any], split: str | None, where: str) -> Any:
 def _is_document(file: Path, kind: str) -> bool:
     """Whether the whole file is one value of JSON, and not each line."""
     with file.open("rb") as lines:
-        filled = (line.strip() for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n"))
-        first = next(filled, b"").removeprefix(b"\xef\xbb\xbf")
+        filled = filter(None, (line.strip(BLANK) for line in lines))
+        first = next(filled, b"")
         is_last = next(filled, None) is None
     try:
         parse(first)
