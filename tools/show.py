@@ -106,7 +106,7 @@ def _training(dataset: Source, name: str, seed: int, count: int) -> tuple[list[R
     """The first training records and what was found, as the data stage left them, or made here if it has not run."""
     if (DATA / name).is_dir():
         report = REPORTS / "data" / f"{name}.json"
-        return load_split(name, "train")[:count], read_json(report)[name] if report.exists() else {}
+        return list(islice(load_split(name, "train"), count)), read_json(report)[name] if report.exists() else {}
     splits = dataset.splits(name, seed, f"params.yaml: datasets.{name}")
     for part in ("eval", "tune"):
         deque(splits.parts[part], maxlen=0)  # a stream gives them first
@@ -121,9 +121,9 @@ def told(dataset: Source, report: dict[str, Any]) -> Iterator[str]:
             f"{key} {getattr(part, key)}" for key in ("format", "learn", "chat_template_kwargs") if getattr(part, key)
         ]
         yield f"{name}: {read}; {', '.join(settings)}"
-    counts = [f"{report[key]} {words}" for key, words in COUNTED.items() if report.get(key)]
-    if counts:
-        yield ", ".join(counts)
+    if counts := [f"{report[key]} {words}" for key, words in COUNTED.items() if report.get(key)]:
+        first = f" (the first empty one is {report['first_empty']})" if report["empty"] else ""
+        yield ", ".join(counts) + first
 
 
 def _counted(example: Example) -> list[float]:

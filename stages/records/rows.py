@@ -39,6 +39,7 @@ class Found:
         shapes: the columns that were taken, by what the rows are.
         rows: how many were read.
         empty: how many of them have nothing to ask or nothing to learn.
+        first_empty: the place of the first of these.
         repeated: how many are the same as another one.
         other_answers: how many have a question of `eval` or `tune`, and are not the one that is kept for it.
     """
@@ -49,6 +50,7 @@ class Found:
     shapes: dict[str, dict[str, None]] = field(default_factory=dict)
     rows: int = 0
     empty: int = 0
+    first_empty: str = ""
     repeated: int = 0
     other_answers: int = 0
 
@@ -57,6 +59,11 @@ class Found:
         self.columns.update(row)
         self.wanted.difference_update(there)
         self.shapes.setdefault(shape, {}).update(dict.fromkeys(taken))
+
+    def skip(self, where: str) -> None:
+        """Count an empty row."""
+        self.empty += 1
+        self.first_empty = self.first_empty or where
 
     def told(self) -> str:
         """The kind, the shapes and the columns, such as `jsonl, chats (messages, tools)`."""
@@ -69,15 +76,16 @@ class Found:
             raise MistakeError(f"{where}.columns names {name!r}, which no row has; {nearest(name, self.columns)}")
         if 2 * self.empty > self.rows:
             raise MistakeError(
-                f"{where} has nothing to ask or to learn in {self.empty} of {self.rows} rows ({self.told()}); fill"
-                " them, or name other columns with columns"
+                f"{where} has nothing to ask or to learn in {self.empty} of {self.rows} rows, first in"
+                f" {self.first_empty} ({self.told()}); fill them, or name other columns with columns"
             )
 
 
 def report_of(found: Mapping[str, Found]) -> dict[str, Any]:
     """What was found in a dataset, or in each part of a mix, by name: counts of all, and what each was read as."""
     counts = {count: sum(getattr(each, count) for each in found.values()) for count in COUNTS}
-    return counts | {"read": {name: each.told() for name, each in found.items()}}
+    first = next((each.first_empty for each in found.values() if each.first_empty), None)
+    return counts | {"first_empty": first, "read": {name: each.told() for name, each in found.items()}}
 
 
 class Checked(Sequence[Record]):

@@ -160,7 +160,7 @@ def _opened(messages: list[Message], taken: dict[str, Any], where: str) -> list[
         if not isinstance(pair, list) or len(pair) != 2:
             raise MistakeError(f"{where} has a history that is no list of [question, answer]; write it so")
         opening += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [*to_chat(opening, f"{where} history"), *messages]
+    return [*to_chat(opening, f"{where} history"), *messages] if opening else messages
 
 
 def _template(taken: dict[str, Any], where: str) -> Record:

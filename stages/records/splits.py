@@ -15,8 +15,8 @@ from stages.records.record import Record, is_empty, question
 from stages.records.rows import Checked, Found
 
 Item = TypeVar("Item")
-LEARNED = ("text", "prompt", "completion", "messages", "input_ids", "tools", "chat_template_kwargs")
-LEARNED += ("loss_weights", "weight", "prompt_weight", "spans")
+LEARNED = ["text", "prompt", "completion", "messages", "input_ids", "tools", "chat_template_kwargs"]
+LEARNED += ["loss_weights", "weight", "prompt_weight", "spans"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ def split(
     for place, record in enumerate(records):
         questions.append(_hash(question(record)))
         wholes.append(_hash(_whole(record)))
-        if not is_empty(record):
+        if is_empty(record):
+            found.skip(records.where(place))
+        else:
             order.append(place)
-    found.rows, found.empty = len(questions), len(questions) - len(order)
+    found.rows = len(questions)
     found.check(where)
     if seed is not None:
         random.Random(seed).shuffle(order)
@@ -140,12 +142,13 @@ def split_stream(records: Checked, train: int | None, eval: int, tune: int, wher
 def _filled(records: Checked, where: str) -> Iterator[Record]:
     """Records that are not empty; what is mostly so ends with a MistakeError, for it may not end at all."""
     found = records.found
-    for record in records:
+    for place, record in enumerate(records):
         found.rows += 1
-        found.empty += is_empty(record)
         if not is_empty(record):
             yield record
-        elif found.empty % 1000 == 0:
+            continue
+        found.skip(records.where(place))
+        if found.empty % 1000 == 0:
             found.check(where)
 
 

@@ -185,12 +185,8 @@ def test_the_report_says_what_was_read_and_what_of_it_is_in_no_split(project):
     Path("sums.jsonl").write_text("\n".join([*lines, empty, *lines[:3], other]))
     data.main("sums")
     report = json.loads(Path("reports/data/sums.json").read_text())["sums"]
-    assert {key: report[key] for key in ("rows", "empty", "repeated", "other_answers")} == {
-        "rows": 105,
-        "empty": 1,
-        "repeated": 3,
-        "other_answers": 0,
-    }
+    assert [report[key] for key in ("rows", "empty", "repeated", "other_answers")] == [105, 1, 3, 0]
+    assert report["first_empty"] == "sums.jsonl line 101"
     assert report["read"] == {"sums": "jsonl, prompts and completions (prompt, completion)"}
 
 
@@ -346,6 +342,26 @@ def test_a_stream_that_ends_too_early_is_one_sentence(folder, sizes, missing):
         MistakeError, match=f"datasets.x ends {missing} different records too early for train, eval and"
     ):
         make(dataset)
+
+
+def test_what_was_found_is_said(project, capsys):
+    make_tokenizer().save_pretrained("checkpoints/base")
+    rows = [{"question": f"{i}?", "answer": {"text": i if i > 2 else None}} for i in range(20)]
+    Path("sums.json").write_text(json.dumps([*rows, *rows[3:9], {"question": "8?", "answer": {"text": "x"}}]))
+    keys = "    columns: {prompt: question, completion: answer.text}\n    format: plain\n"
+    text = PARAMS.replace(
+        "    path: sums.jsonl\n    train: 40\n    eval: 10", f"    path: sums.json\n    eval: 10\n{keys}", 1
+    )
+    Path("params.yaml").write_text(text)
+    expected = (
+        "sums: json, prompts and completions (question, answer.text); format plain, learn all\n"
+        "27 rows read, 3 empty, 6 there twice (the first empty one is sums.json record 1)\n"
+    )
+    show("sums", 1)
+    assert capsys.readouterr().out.startswith(expected)
+    data.main("sums")
+    show("sums", 1)
+    assert capsys.readouterr().out.startswith(expected)
 
 
 SHOWN = """\

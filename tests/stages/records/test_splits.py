@@ -81,7 +81,7 @@ def test_the_first_of_each_part_does_not_depend_on_what_is_dropped():
         (
             [*ROWS, *[{"prompt": "q", "completion": ""}] * 11],
             {"eval": 1},
-            "has nothing to ask or to learn in 11 of 21 rows (jsonl, prompts and completions (prompt,",
+            "has nothing to ask or to learn in 11 of 21 rows, first in rows.jsonl line 11 (jsonl, prompts and",
         ),
     ],
 )
