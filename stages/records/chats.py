@@ -69,7 +69,7 @@ def _renamed(message: Message, where: str) -> Message:
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     if message["from"] == "function_call":
         return {"role": "assistant", "content": None, "function_call": message.get("value"), **rest}
-    if message["from"] not in ROLES:
+    if str(message["from"]) not in ROLES:
         raise MistakeError(
             f"{where} is from {message['from']!r}, which is no known role; {nearest(message['from'], ROLES)}"
         )

@@ -111,8 +111,10 @@ def _read_folder(path: Path, split: str | None, where: str) -> Rows:
 
     try:
         rows = datasets.load_from_disk(str(path))
-    except (OSError, ValueError):
-        raise MistakeError(f"{where}.path {str(path)!r} is no folder of save_to_disk; name one of its files") from None
+    except Exception as error:  # the library trusts what it has saved
+        raise MistakeError(
+            f"{where}.path {str(path)!r} is no folder of save_to_disk ({first_line(error)}); name one of its files"
+        ) from None
     if isinstance(rows, datasets.DatasetDict):
         rows = _choose(dict(rows), split, where)
     else:

@@ -128,15 +128,15 @@ def _build(taken: dict[str, Any], where: str) -> Record:
     given = as_text(taken.get("input"), f"{where} input")
     if given.strip() and isinstance(prompt, str):
         prompt = f"{prompt}\n\n{given}" if prompt.strip() else given
-    opening = _opened([], taken, where)
-    if not opening and isinstance(prompt, str) and isinstance(completion, str):
+    if isinstance(prompt, str) and isinstance(completion, str) and not _opened([], taken, where):
         return {"prompt": prompt, "completion": completion} | weights | template
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt} | _moved(weights, {"prompt_weight": "weight"})]
     if isinstance(completion, str):
         own = _moved(weights, {"weight": "weight", "spans": "spans"})
         completion = [{"role": "assistant", "content": completion} | own]
-    return {"messages": [*opening, *map(unlearned, prompt), *completion]} | weights | template
+    asked = _opened([*map(unlearned, prompt)], taken, where)
+    return {"messages": [*asked, *completion]} | weights | template
 
 
 def _side(value: Any, where: str) -> str | list[Message]:
@@ -156,9 +156,10 @@ def _opened(messages: list[Message], taken: dict[str, Any], where: str) -> list[
     if system.strip() and messages and messages[0]["role"] == "system":
         raise MistakeError(f"{where} has a system message and a column system; keep one of them")
     opening = [{"role": "system", "content": system}] if system.strip() else []
-    for pair in taken.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise MistakeError(f"{where} has a history that is no list of [question, answer]; write it so")
+    history = as_json(taken.get("history"), f"{where} history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise MistakeError(f"{where} has a history that is no list of [question, answer]; write it so")
+    for pair in history:
         opening += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return [*to_chat(opening, f"{where} history"), *messages] if opening else messages
 

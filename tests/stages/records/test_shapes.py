@@ -357,6 +357,13 @@ WRONG = [
         {},
         "has a system message and a column system; keep one",
     ),
+    (
+        {"prompt": [system("s"), user("q")], "completion": "a", "system": "t"},
+        {},
+        "has a system message and a column system; keep one",
+    ),
+    ({"instruction": "q", "output": "a", "history": 7}, {}, "has a history that is no list of [question, answer]"),
+    ({"conversations": [{"from": ["human"], "value": "q"}]}, {}, "message 1 is from ['human'], which is no known role"),
     ({"instruction": "q", "output": "a", "history": ["b"]}, {}, "has a history that is no list of [question, answer]"),
     # what the dataset's keys say
     (
