@@ -68,7 +68,7 @@ def to_record(row: Any, columns: Columns, where: str, found: Found) -> Record:
     filled = [column for part, column in there.items() if taken[part] is not None]
     found.note(row, shape.name, there.values(), filled)
     record = _build(taken, where)
-    return record if columns else _beside(row, shape) | record
+    return record if columns else record | _beside(row, shape)
 
 
 def _find(row: Record, where: str) -> Shape:
