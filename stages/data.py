@@ -1,7 +1,8 @@
 """Fetch one dataset and split it: `python -m stages.data NAME`.
 
-Writes data/NAME/train.jsonl, eval.jsonl and tune.jsonl, which share no question, and reports/data/NAME.json. A mix has
-a file more, mix.json: each part's share of what is seen in training.
+Writes data/NAME/train.jsonl, eval.jsonl and tune.jsonl, which share no question, and reports/data/NAME.json: how many
+records each has, and what was found in the source. A mix has a file more, mix.json: each part's share of what is seen
+in training.
 """
 
 import json
@@ -14,6 +15,7 @@ from stages.errors import run
 from stages.files import DATA, REPORTS, publish, sha256, write_json
 from stages.project.params import load_params
 from stages.records.record import Record, answer, question
+from stages.records.rows import report_of
 from stages.records.source import Source
 from stages.records.sources.mix import Mix
 
@@ -22,28 +24,29 @@ def main(name: str) -> None:
     """Write the splits of dataset `name` and its counts."""
     settings = load_params()
     dataset: Source = settings.find("datasets", name)
-    counts, characters = {}, {}
+    splits = dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}")
+    report: dict[str, Any] = {}
     with publish(DATA / name) as folder:
-        for part, records in dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}").items():
-            counts[part], characters[part] = _write(records, folder / f"{part}.jsonl")
+        for part, records in splits.parts.items():
+            report |= _write(records, folder / f"{part}.jsonl")
         if isinstance(dataset, Mix):
             write_json(folder / "mix.json", dataset.weights())
-    parts = ("train", "eval", "tune")
-    report: dict[str, Any] = {part: counts[part] for part in parts}
-    report |= {f"{part}_characters": characters[part] for part in parts}
-    report["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in parts)
+    report |= report_of(splits.found)
+    report["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in ("train", "eval", "tune"))
     write_json(REPORTS / "data" / f"{name}.json", {name: report})
 
 
-def _write(records: Iterable[Record], path: Path) -> tuple[int, int]:
-    """Write records line by line; returns how many there are, and their characters."""
-    count = characters = 0
+def _write(records: Iterable[Record], path: Path) -> dict[str, int]:
+    """Write the records of a split line by line; returns how many there are, with an answer, and their characters."""
+    count = answers = characters = 0
     with path.open("w", encoding="utf-8") as lines:
         for record in records:
             lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            reference = answer(record)
             count += 1
-            characters += len(question(record)) + len(answer(record) or "")
-    return count, characters
+            answers += reference is not None
+            characters += len(question(record)) + len(reference or "")
+    return {path.stem: count, f"{path.stem}_answers": answers, f"{path.stem}_characters": characters}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training examples token by token, with their weights: `strata show NAME`."""
+"""What a dataset is read as, and its training examples token by token, with their weights: `strata show NAME`."""
 
 import math
 import os
@@ -8,16 +8,25 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 from stages.errors import MistakeError
-from stages.files import BASE, DATA
+from stages.files import BASE, DATA, REPORTS, read_json
 from stages.project.params import load_params
 from stages.records.lines import load_split
 from stages.records.record import Record
+from stages.records.rows import report_of
 from stages.records.source import Source
+from stages.records.sources.mix import Mix
 from stages.records.tokens import Example, encode
 
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # ANSI colours of weights, from small to large
+COUNTED = {
+    "rows": "rows read",
+    "empty": "empty",
+    "repeated": "there twice",
+    "other_answers": "other answers to questions of eval and tune",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(name: str, count: int) -> None:
-    """Print the first training examples of a dataset or selection `name` token by token, with their weights.
+    """Print what a dataset is read as, and its or a selection's first training examples token by token with weights.
 
     Raises:
         MistakeError: the base, which has the tokenizer, or the selection is not there.
@@ -41,7 +50,9 @@ def main(name: str, count: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    records = list(islice(_training(dataset, name, settings.seed), count))
+    records, report = _training(dataset, name, settings.seed, count)
+    for line in told(dataset, report):
+        print(line)
     found = [(record, example) for record in records for example in encode(record, tokenizer, None)]
     examples = [example for _, example in found]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -92,14 +103,28 @@ def summary(examples: list[Example]) -> str:
     return f"{tokens} tokens, {learned} of them supervised ({100 * learned / tokens:.0f} %)"
 
 
-def _training(dataset: Source, name: str, seed: int) -> Iterator[Record]:
-    """Training records as the data stage left them, or made here if it has not run."""
+def _training(dataset: Source, name: str, seed: int, count: int) -> tuple[list[Record], dict[str, Any]]:
+    """The first training records and what was found, as the data stage left them, or made here if it has not run."""
     if (DATA / name).is_dir():
-        return iter(load_split(name, "train"))
+        report = REPORTS / "data" / f"{name}.json"
+        return list(islice(load_split(name, "train"), count)), read_json(report)[name] if report.exists() else {}
     splits = dataset.splits(name, seed, f"params.yaml: datasets.{name}")
     for part in ("eval", "tune"):
-        deque(splits[part], maxlen=0)  # a stream gives them first
-    return iter(splits["train"])
+        deque(splits.parts[part], maxlen=0)  # a stream gives them first
+    return list(islice(splits.parts["train"], count)), report_of(splits.found)
+
+
+def told(dataset: Source, report: dict[str, Any]) -> Iterator[str]:
+    """What each part of a dataset was read as, and what the settings make of it; then what is in no split, and why."""
+    for name, read in report.get("read", {}).items():
+        part = dataset.parts[name] if isinstance(dataset, Mix) else dataset
+        settings = [
+            f"{key} {getattr(part, key)}" for key in ("format", "learn", "chat_template_kwargs") if getattr(part, key)
+        ]
+        yield f"{name}: {read}; {', '.join(settings)}"
+    if counts := [f"{report[key]} {words}" for key, words in COUNTED.items() if report.get(key)]:
+        first = f" (the first empty one is {report['first_empty']})" if report["empty"] else ""
+        yield ", ".join(counts) + first
 
 
 def _counted(example: Example) -> list[float]:

@@ -2,11 +2,15 @@
 
 A record is one of
     {"text": str}                                   every token is learned
-    {"prompt": str, "completion": str}              the completion is learned; it follows the prompt as it is
+    {"prompt": str, "completion": str}              the completion is learned
     {"messages": [{"role": str, "content": str}]}   the assistant's turns are learned, in the chat template
     {"input_ids": [int], "loss_weights": [float]}   tokens as they are, and how much each is learned
 and may carry {"task": str, "entry": {...}} for a task that scores its own answers (its tuples marked, see
 `mark_tuples`), and {"part": str} in a mix.
+
+A prompt with its completion has {"format": "chat" | "plain"} where its dataset says so, a chat where it says "chat".
+Both may have {"tools": [{...}]} and {"chat_template_kwargs": {...}} for the template, and so is what a message holds
+beside role and content, such as `tool_calls`; a call without a text has the content "".
 
 A text, a completion and each message may have a `weight` in the loss Σwᵢlᵢ/Σ|wᵢ|, and `spans`, a list of
 [start, end, weight] over its characters, of which later ones win; a prompt has its `prompt_weight`. What follows a
@@ -14,7 +18,6 @@ text or a message, its end-of-text token or the end of its turn, has its weight.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from math import isfinite
@@ -33,20 +36,15 @@ SHAPES = {  # by the key that tells it: the keys that tell a record's weights
 }
 
 
-def check(record: object, where: str) -> Record:
-    """Return `record` if it has one of the four shapes, else raise a MistakeError that starts with `where`.
+def check(record: Record, where: str) -> Record:
+    """Return `record`, which is of one of the four shapes, if all that it holds is what it should be.
 
-    What else it holds should be text, numbers, dates, or lists and mappings of them.
+    Raises:
+        MistakeError: it is not, in a sentence that starts with `where`; or there is more in it than text, numbers,
+            dates, and lists and mappings of them.
     """
-    if not isinstance(record, dict):
-        raise MistakeError(f"{where} is no mapping of keys; write one record per line")
-    shapes = [shape for shape in SHAPES if shape in record]
-    if len(shapes) != 1:
-        raise MistakeError(
-            f"{where} needs exactly one of text, prompt with completion, messages, or input_ids with loss_weights"
-        )
     _check_values(record, where)
-    _check_keys(record, shapes[0], where)
+    _check_keys(record, next(shape for shape in SHAPES if shape in record), where)
     if "messages" in record:
         _check_messages(record["messages"], where)
     elif "input_ids" in record:
@@ -59,17 +57,32 @@ def check(record: object, where: str) -> Record:
 def question(record: Record) -> str:
     """What tells two records apart: train and eval splits never share one."""
     if "messages" in record:
-        return "\n".join(message["content"] for message in record["messages"][:-1])
+        return "\n".join(_said(message) for message in record["messages"][:-1])
     if "input_ids" in record:
         return " ".join(map(str, record["input_ids"]))
     return record["prompt"] if "prompt" in record else record["text"]
 
 
 def answer(record: Record) -> str | None:
-    """The reference answer that a generation is compared with; None for plain text and for token ids."""
+    """The reference answer that a generation is compared with; None for plain text, token ids and calls of a tool."""
     if "messages" in record:
-        return record["messages"][-1]["content"]
+        last = record["messages"][-1]
+        return None if last.get("tool_calls") else last["content"]
     return record.get("completion")
+
+
+def is_empty(record: Record) -> bool:
+    """Whether a text, prompt, completion, or turn of a user or assistant says nothing, or there is no turn."""
+    if "messages" in record:
+        turns = [message for message in record["messages"] if message["role"] in ("user", "assistant")]
+        return not record["messages"] or not all(_said(message).strip() for message in turns)
+    return any(not record[key].strip() for key in ("text", "prompt", "completion") if key in record)
+
+
+def _said(message: Record) -> str:
+    """The text of a message, and the tools that it calls."""
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, default=str) if calls else "")
 
 
 def mark_tuples(value: Any) -> Any:
@@ -93,28 +106,6 @@ def restore_tuples(value: Any) -> Any:
     return {key: restore_tuples(item) for key, item in value.items()}
 
 
-class Checked(Sequence[Record]):
-    """Rows of a source as records, checked when they are asked for.
-
-    Args:
-        rows: the rows.
-        where: tells the place of a row, for the sentence about a bad one.
-    """
-
-    def __init__(self, rows: Sequence[Any], where: Callable[[int], str]) -> None:
-        self._rows, self._where = rows, where
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: Any) -> Any:
-        return check(self._rows[place], self._where(place))
-
-    def __iter__(self) -> Iterator[Record]:
-        for place, row in enumerate(self._rows):  # the hub's tables are much faster so than row by row
-            yield check(row, self._where(place))
-
-
 def _check_values(record: Record, where: str) -> None:
     """Refuse what a file of JSON does not hold, or not twice in the same way, such as an image."""
     for key, value in record.items():
@@ -124,7 +115,9 @@ def _check_values(record: Record, where: str) -> None:
             half = error.object[error.start]
             raise MistakeError(f"{where} has half a character, {half!a}, in {key!a}; write the whole or none") from None
         except TypeError as error:
-            raise MistakeError(f"{where} has {error} in {key!r}; remove that column") from None
+            raise MistakeError(
+                f"{where} has {error} in {key!r}; remove that column, or name with columns those that are learned"
+            ) from None
 
 
 def _as_text(value: object) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from stages.errors import MistakeError, first_line
+from stages.files import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,6 +175,29 @@ def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
     if messages is None:
         return None
     return Chat(messages, tokenizer, record.get("tools"), record.get("chat_template_kwargs") or {})
+
+
+def check_template(record: Record, where: str) -> None:
+    """Refuse a chat that the base's chat template does not take, if the base is there already.
+
+    Raises:
+        MistakeError: in a sentence that starts with `where`.
+    """
+    if "messages" not in record or not BASE.is_dir():
+        return
+    chat = as_chat(record, _tokenizer(str(BASE.resolve())))
+    try:
+        for _ in chat.answers() if chat else ():
+            pass
+    except MistakeError as error:
+        raise MistakeError(str(error).replace("a record", where, 1)) from None
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @lru_cache(maxsize=8)

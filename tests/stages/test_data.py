@@ -22,7 +22,6 @@ from stages.records.sources import hub
 from stages.records.sources.file import LocalFile
 from stages.records.sources.hub import Hub
 from stages.records.sources.reasoning_gym import ReasoningGym
-from stages.records.splits import split
 from tests.conftest import PARAMS, ROOT, make_tokenizer
 from tools.show import main as show
 
@@ -33,8 +32,6 @@ def write_rows(path, rows=ROWS):
     table = pandas.DataFrame(rows)
     if path.endswith(".jsonl"):
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.endswith(".csv"):
-        table.to_csv(path, index=False)
     else:
         table.to_parquet(path)
 
@@ -47,7 +44,7 @@ def read(path, **keys):
 
 def make(dataset, name="x"):
     splits = dataset.splits(name, 0, f"params.yaml: datasets.{name}")
-    return {split: list(records) for split, records in splits.items()}
+    return {split: list(records) for split, records in splits.parts.items()}
 
 
 def test_rows_are_shuffled_by_seed_and_name_and_the_ends_are_eval_and_tune():
@@ -59,34 +56,18 @@ def test_rows_are_shuffled_by_seed_and_name_and_the_ends_are_eval_and_tune():
     assert make(dataset) == {"eval": order[:5], "tune": order[-4:], "train": order[5:25]}
 
 
-@pytest.mark.parametrize("path", ["rows.jsonl", "rows.csv", "rows.parquet"])
-def test_the_same_rows_from_each_kind_of_file(path):
-    write_rows(path)
-    train, evaluation = read(path)
-    assert len(evaluation) == 5 and len(train) == 25
-    assert sorted((r["prompt"], r["completion"]) for r in train + evaluation) == sorted(
-        (r["prompt"], r["completion"]) for r in ROWS
-    )
-
-
-def test_template_from_parquet_are_plain_lists():
-    chats = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}] for i in range(2)]
-    write_rows("chat.parquet", [{"messages": chat} for chat in chats])
-    train, evaluation = read("chat.parquet", eval=1)
-    assert sorted((r["messages"] for r in train + evaluation), key=str) == chats
-
-
 def test_splits_share_no_question_even_when_answers_differ():
     write_rows("rows.jsonl", ROWS + [{"prompt": row["prompt"], "completion": "other"} for row in ROWS])
     train, evaluation = read("rows.jsonl")
-    assert len(train) + len(evaluation) == 30
+    assert (len(train), len(evaluation)) == (2 * 25, 5)
     assert not {question(r) for r in train} & {question(r) for r in evaluation}
 
 
 @pytest.mark.parametrize("train", [None, 12])
 def test_a_tuning_split_shares_no_question_and_leaves_train_and_eval_as_they_are(train):
-    write_rows("rows.jsonl", ROWS)
-    splits, without = split(ROWS, train, 5, 4, ""), split(ROWS, train, 5, 0, "")
+    write_rows("rows.jsonl")
+    keys = {"source": "file", "path": "rows.jsonl", "eval": 5, "train": train}
+    splits, without = make(LocalFile(tune=4, **keys)), make(LocalFile(**keys))
     assert [len(splits[part]) for part in ("train", "eval", "tune")] == [train or 21, 5, 4]
     assert len({question(record) for records in splits.values() for record in records}) == sum(
         map(len, splits.values())
@@ -100,12 +81,10 @@ def test_a_tuning_split_shares_no_question_and_leaves_train_and_eval_as_they_are
     [
         ("{not json", "rows.jsonl line 3 is not valid JSON"),
         ('["a"]', "rows.jsonl line 3 is no mapping"),
-        ('{"question": "a"}', "rows.jsonl line 3 needs exactly one of text, prompt with completion, messages"),
-        ('{"prompt": "a"}', "rows.jsonl line 3 needs completion as text"),
-        ('{"prompt": "a", "completion": ""}', "rows.jsonl line 3 needs completion as text that is not empty"),
-        ('{"prompt": "a", "completion": 4}', "rows.jsonl line 3 needs completion as text"),
+        ('{"question": "a"}', "rows.jsonl line 3 has the columns question, which are no known shape"),
+        ('{"prompt": "a"}', "rows.jsonl line 3 has the columns prompt, which are no known shape"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "rows.jsonl line 3 needs messages as a list of at least"),
-        ('{"text": "a", "prompt": "b"}', "rows.jsonl line 3 needs exactly one of"),
+        ('{"text": "a", "prompt": "b"}', "rows.jsonl line 3 has two shapes in one record"),
         (
             '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
             "needs an assistant message as its last one",
@@ -124,8 +103,8 @@ def test_a_bad_record_is_named_by_its_line(line, sentence):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"path": "none.jsonl"}, "datasets.x.path 'none.jsonl' is not a file"),
-        ({"path": "rows.txt"}, "is no .jsonl, .csv or .parquet file; convert it"),
+        ({"path": "none.jsonl"}, "datasets.x.path 'none.jsonl' is not there"),
+        ({"path": "rows.txt"}, "datasets.x.path 'rows.txt' is no .jsonl"),
         ({"path": "rows.jsonl", "train": 26}, "has 30 different records, but train, eval and tune together ask for 31"),
         ({"path": "rows.jsonl", "eval": 30}, "has 30 different records"),
         ({"path": "rows.jsonl", "sha256": "abc"}, "datasets.x.sha256 is not that of rows.jsonl; if it was meant to"),
@@ -196,8 +175,19 @@ def test_the_stage_is_repeatable_and_counts(project):
     counts = json.loads(Path("reports/data/sums.json").read_text())["sums"]
     data.main("sums")
     assert first == {p.name: p.read_bytes() for p in Path("data/sums").iterdir()}
-    assert (counts["train"], counts["eval"]) == (40, 10)
+    assert (counts["train"], counts["eval"]) == (40, 10) == (counts["train_answers"], counts["eval_answers"])
     assert len(load_split("sums", "train")) == 40
+
+
+def test_the_report_says_what_was_read_and_what_of_it_is_in_no_split(project):
+    lines = Path("sums.jsonl").read_text().splitlines()
+    empty, other = '{"prompt": "q", "completion": null}', lines[0].replace('"0"}', '"zero"}')
+    Path("sums.jsonl").write_text("\n".join([*lines, empty, *lines[:3], other]))
+    data.main("sums")
+    report = json.loads(Path("reports/data/sums.json").read_text())["sums"]
+    assert [report[key] for key in ("rows", "empty", "repeated", "other_answers")] == [105, 1, 3, 0]
+    assert report["first_empty"] == "sums.jsonl line 101"
+    assert report["read"] == {"sums": "jsonl, prompts and completions (prompt, completion)"}
 
 
 def test_a_file_that_its_hash_pins_is_read():
@@ -231,6 +221,7 @@ def test_a_mix_has_the_splits_of_its_parts_one_after_the_other(project):
     counts = json.loads(Path("reports/data/both.json").read_text())["both"]
     assert (counts["train"], counts["eval"], counts["tune"]) == (40 + 31, 15, 2)
     assert list(load_split("both", "train")) == expected["train"]
+    assert (counts["rows"], counts["repeated"], set(counts["read"])) == (136, 0, {"sums", "words"})
 
 
 def test_no_part_of_a_mix_trains_on_what_another_asks(project):
@@ -353,11 +344,24 @@ def test_a_stream_that_ends_too_early_is_one_sentence(folder, sizes, missing):
         make(dataset)
 
 
-def test_the_columns_that_a_table_leaves_empty_are_no_weights():
-    user = {"role": "user", "content": "a", "weight": None, "spans": None}
-    chats = [[user, {"role": "assistant", "content": f"b{i}", "weight": 0.5, "spans": [[0, 2, 2.5]]}] for i in range(2)]
-    write_rows("chat.parquet", [{"messages": chat, "weight": None} for chat in chats])
-    assert list(LocalFile(source="file", path="chat.parquet", eval=1).records("", ""))[1]["messages"] == chats[1]
+def test_what_was_found_is_said(project, capsys):
+    make_tokenizer().save_pretrained("checkpoints/base")
+    rows = [{"question": f"{i}?", "answer": {"text": i if i > 2 else None}} for i in range(20)]
+    Path("sums.json").write_text(json.dumps([*rows, *rows[3:9], {"question": "8?", "answer": {"text": "x"}}]))
+    keys = "    columns: {prompt: question, completion: answer.text}\n    format: plain\n"
+    text = PARAMS.replace(
+        "    path: sums.jsonl\n    train: 40\n    eval: 10", f"    path: sums.json\n    eval: 10\n{keys}", 1
+    )
+    Path("params.yaml").write_text(text)
+    expected = (
+        "sums: json, prompts and completions (question, answer.text); format plain, learn all\n"
+        "27 rows read, 3 empty, 6 there twice (the first empty one is sums.json record 1)\n"
+    )
+    show("sums", 1)
+    assert capsys.readouterr().out.startswith(expected)
+    data.main("sums")
+    show("sums", 1)
+    assert capsys.readouterr().out.startswith(expected)
 
 
 SHOWN = """\
@@ -412,6 +416,9 @@ def test_what_is_not_yet_made_is_shown_and_not_written(project, capsys):
     prompt, completion = ("·".join(first[key]) for key in ("prompt", "completion"))
     assert "example 1 of sums" in shown and "example 3" in shown and "example 4" not in shown
     assert f"⟨0⟩{prompt}⟨1⟩{completion}·<end>\n" in shown
+    assert shown.startswith(
+        "sums: jsonl, prompts and completions (prompt, completion); format auto, learn all\n100 rows read\n"
+    )
     assert not Path("data").exists()
 
 

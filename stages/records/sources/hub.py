@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from stages.errors import MistakeError, first_line
-from stages.records.record import Checked, Record, check
+from stages.records.rows import Rows
 from stages.records.source import Single
-from stages.records.splits import Splits, distinct, key, split_stream
+from stages.records.splits import Splits, split_stream
 
 SHUFFLED = 10_000  # rows of a stream that are shuffled together
 
@@ -29,23 +28,20 @@ class Hub(Single):
     stream: bool = False
     """Read no more of it than the splits need, in place of downloading it and choosing from the whole."""
 
-    def records(self, seed: str, where: str) -> Checked:
-        """All records of the split."""
-        return Checked(self._load(where), lambda place: f"{where}: {self.id} row {place + 1}")
+    def rows(self, seed: str, where: str) -> Rows:
+        """All rows of the split; those of a stream are shuffled SHUFFLED at a time."""
+        loaded = self._load(where)
+        if self.stream:
+            loaded = loaded.shuffle(seed=random.Random(seed).randrange(2**31), buffer_size=SHUFFLED)
+        suffix = " of the stream" if self.stream else ""
+        return Rows(loaded, lambda place: f"{where}: {self.id} row {place + 1}{suffix}", "hub", gaps=True)
 
     def splits(self, name: str, seed: int, where: str) -> Splits:
         """Of a stream the front, since it does not tell its length."""
         if not self.stream:
             return super().splits(name, seed, where)
-        records = self._stream(f"{seed}/{name}", where)
-        return split_stream(records, self.train, self.eval, self.tune, where)
-
-    def _stream(self, seed: str, where: str) -> Iterator[Record]:
-        """Records as they come from the hub, SHUFFLED rows at a time, each question once."""
-        number = random.Random(seed).randrange(2**31)
-        rows = self._load(where).shuffle(seed=number, buffer_size=SHUFFLED)
-        records = (check(row, f"{where}: {self.id} row {place} of the stream") for place, row in enumerate(rows, 1))
-        return distinct(records, key, set())
+        records = self.records(f"{seed}/{name}", where)
+        return Splits(split_stream(records, self.train, self.eval, self.tune, where), {name: records.found})
 
     def _load(self, where: str) -> Any:
         import datasets

@@ -1,13 +1,13 @@
 """Several datasets as one (`source: mix`)."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, field_validator
 
 from stages.records.record import Record
 from stages.records.source import Single, Source
-from stages.records.splits import Splits, distinct, key
+from stages.records.splits import Sieve, Splits
 from stages.settings.section import Name, mistake
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ class Mix(Source):
         A part has the splits of a dataset of its name and definition.
         """
         parts = {part: each.splits(part, seed, f"{where}.parts.{part}") for part, each in self.parts.items()}
-        seen: set[Hashable] = set()
+        sieve = Sieve()
 
         def joined(split: str) -> Iterator[Record]:
             for part, splits in parts.items():
-                yield from (record | {"part": part} for record in splits[split])
+                records = (record | {"part": part} for record in splits.parts[split])
+                yield from sieve.sift(records, split, splits.found[part])
 
-        return {split: distinct(joined(split), key, seen) for split in ("eval", "tune", "train")}
+        found = {part: splits.found[part] for part, splits in parts.items()}
+        return Splits({split: joined(split) for split in ("eval", "tune", "train")}, found)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.errors import MistakeError, first_line
-from stages.records.record import Record, mark_tuples, restore_tuples
+from stages.records.record import mark_tuples, restore_tuples
+from stages.records.rows import Rows
 from stages.records.source import Single
 
 TRIED = 8  # entries that the scorer is tried on; some scorers take 20 ms
@@ -31,7 +32,7 @@ class ReasoningGym(Single):
     train: int = Field(gt=0)
     """Records to train on."""
 
-    def records(self, seed: str, where: str) -> list[Record]:
+    def rows(self, seed: str, where: str) -> Rows:
         """Up to four times as many as are wanted, for some questions come up twice.
 
         Raises:
@@ -44,15 +45,16 @@ class ReasoningGym(Single):
                 f"{where}.task {self.task!r} has questions without an answer to learn; choose another task"
             )
         kept = self._find_storage(entries[:TRIED], where)
-        return [
+        rows = [
             {
                 "prompt": entry["question"].rstrip() + "\n",
                 "completion": str(entry["answer"]),
                 "task": self.task,
-                "entry": kept(entry),
+                "entry": json.loads(json.dumps(kept(entry), default=str)),
             }
             for entry in entries
         ]
+        return Rows(rows, lambda place: f"{where}: question {place + 1}", f"generated {self.task}")
 
     def _entries(self, seed: int, where: str) -> list[Any]:
         warnings.filterwarnings("ignore", category=SyntaxWarning)  # from a dependency, when it is first compiled

@@ -261,10 +261,6 @@ INFINITE, NAN = float("inf"), float("nan")
         ({"input_ids": [1, 2]}, "needs loss_weights as a list with a number for each of its 2 input_ids"),
         ({"input_ids": [1, 2], "loss_weights": [1]}, "needs loss_weights as a list with a number for each of its 2"),
         ({"input_ids": [1, 2], "loss_weights": [1, NAN]}, "has nan in loss_weights; write a finite number"),
-        (
-            {"input_ids": [1], "loss_weights": [1], "text": "a"},
-            "needs exactly one of text, prompt with completion, mes",
-        ),
     ],
 )
 def test_a_bad_weight_is_one_sentence(record, sentence):
