@@ -13,24 +13,28 @@ from typing import Any
 from stages.errors import run
 from stages.files import DATA, REPORTS, publish, sha256, write_json
 from stages.project.params import load_params
+from stages.records.lines import Lines
 from stages.records.record import Record, answer, question
 from stages.records.source import Source
 from stages.records.sources.mix import Mix
 
 
 def main(name: str) -> None:
-    """Write the splits of dataset `name` and its counts."""
+    """Write the splits of dataset `name`, its counts, and how its answers are scored."""
     settings = load_params()
     dataset: Source = settings.find("datasets", name)
+    where = f"params.yaml: datasets.{name}"
     counts, characters = {}, {}
     with publish(DATA / name) as folder:
-        for part, records in dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}").items():
+        for part, records in dataset.splits(name, settings.seed, where).items():
             counts[part], characters[part] = _write(records, folder / f"{part}.jsonl")
+        scorers = dataset.scorers(name, Lines(folder / "eval.jsonl"), where)
         if isinstance(dataset, Mix):
             write_json(folder / "mix.json", dataset.weights())
     parts = ("train", "eval", "tune")
     report: dict[str, Any] = {part: counts[part] for part in parts}
     report |= {f"{part}_characters": characters[part] for part in parts}
+    report["scorers"] = scorers
     report["sha256"] = sha256(DATA / name / f"{part}.jsonl" for part in parts)
     write_json(REPORTS / "data" / f"{name}.json", {name: report})
 

@@ -1,7 +1,7 @@
 """Losses of the tokens that count."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.architecture import layer_stack
-from stages.records.tokens import Example
+from stages.records.record import Record
+from stages.records.tokens import Example, encode
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,30 @@ class _FrozenHead(torch.autograd.Function):
 
 def _cross_entropy(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), words, reduction="none")
+
+
+def mean_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> float:
+    """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
+    found = record_losses(model, tokenizer, records, batch_size)
+    return sum(loss for loss, _ in found) / sum(weight for _, weight in found)
+
+
+@torch.inference_mode()
+def record_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> list[tuple[float, float]]:
+    """Of each record Σwᵢlᵢ, the cross-entropy of its supervised tokens in nats by their weights, and Σ|wᵢ|."""
+    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
+    examples = [encode(record, tokenizer, positions) for record in records]
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    sums = [0.0] * len(examples)
+    for start in range(0, len(examples), batch_size):
+        rows = by_length[start : start + batch_size]
+        batch = pad([examples[i] for i in rows], tokenizer.pad_token_id, model.device)
+        losses, weights = token_losses(model, batch)
+        counts = [sum(weight != 0 for weight in examples[i].weights[1:]) for i in rows]
+        for i, own in zip(rows, (losses * weights).cpu().split(counts), strict=True):
+            sums[i] = float(own.sum())
+    return [(total, example.learned) for total, example in zip(sums, examples, strict=True)]
