@@ -102,7 +102,7 @@ OTHERS = ("auto", "loss")  # names that stand for no function
 def _check_name(name: str) -> str:
     known = [*OTHERS, *SCORERS]
     if name not in known and not OWN.fullmatch(name):
-        raise mistake(f" {name!r} is no scorer; {nearest(name, known)}, or write module:function")
+        raise mistake(f" {name!r} is no scorer; {nearest(name, [*known, 'module:function'])}")
     return name
 
 
@@ -296,7 +296,7 @@ def _guarded(name: str) -> Score:
             raise MistakeError(
                 f"{file}: {name} raises {_told(error)} for the answer {said[:40]!r}; correct the function"
             ) from None
-        if not isinstance(value, Real) or not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise MistakeError(f"{file}: {name} gives {value!r}; it should give a number from 0 to 1")
         return float(value)
 

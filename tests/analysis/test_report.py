@@ -150,8 +150,8 @@ def told_by(project, skill, measure, reached):
     settings, count = load_params(), 100
     path = Path("reports/evaluation.json")
     content = json.loads(path.read_text())
-    noise = np.random.default_rng(0).uniform(0.9, 1.1, count)
-    scores = {model: Scores(measure, value * noise, np.ones(count)) for model, value in reached.items()}
+    spread = np.linspace(0.9, 1.1, count)
+    scores = {model: Scores(measure, value * spread, np.ones(count)) for model, value in reached.items()}
     content["measures"][skill] = measure
     for model, value in scores.items():
         content["matrix"][model][skill] = {"loss": 1.0} | {measure: value.mean}
@@ -160,9 +160,8 @@ def told_by(project, skill, measure, reached):
         if dataset == skill:
             content["retention"][stage] = evaluate.retention(scores, stage) | {"dataset": skill}
     content["comparisons"] = [each for each in content["comparisons"] if each["dataset"] != skill]
-    own = settings.model_copy(update={"stages": {name: settings.stages[name] for name in ("sums", "names")}})
     by_skill = dict.fromkeys(settings.skills.values(), scores)
-    content["comparisons"] += [c for c in evaluate.comparisons(by_skill, own) if c["dataset"] == skill]
+    content["comparisons"] += [c for c in evaluate.comparisons(by_skill, settings) if c["dataset"] == skill]
     write_json(path, rounded(content))
     return headline(project)
 
@@ -176,13 +175,16 @@ def test_few_unlike_answers_say_nothing_and_many_do(project):
     assert "2 of 3" in words.cards(project.facts())[0]["number"]
     project.evaluation(questions=50, merged=0.56)
     assert "The merge lost part of what the stages had learned: sums from 80 % to 56 %" in headline(project)
-    project.evaluation(questions=5)
-    assert "Unclear in the merge: sums from 80 % to 80 % (5 questions)" in headline(project)
+    project.evaluation(questions=10)
+    assert "Unclear in the merge: sums from 80 % to 80 % (10 questions)" in headline(project)
 
 
 def test_more_questions_tell_what_few_do_not(project):
     project.merge()
-    for questions, sentence in ((100, "Unclear in the merge: sums"), (1000, "The merge lost part of what the stages")):
+    for questions, sentence in (
+        (100, "Unclear in the merge: sums"),
+        (1000, "kept what was learned: sums from 80 % to 76 %"),
+    ):
         project.evaluation(merged=0.76, questions=questions)
         assert sentence in headline(project)
 
@@ -200,7 +202,6 @@ def compared(difference, low, high, measure="accuracy", before=0.8, clear=True):
         (compared(-0.02, -0.07, 0.03, clear=False), 0.2, "unclear"),  # 0.06 are a tenth of what was learned
         (compared(-0.03, -0.05, -0.01), 0.0, "kept"),  # worse, but by less than a tenth
         (compared(0.1, 0.05, 0.15), 0.0, "kept"),
-        (compared(0.1, 0.05, 0.15), 0.9, "unclear"),  # it is no worse, and nothing had been learned
         (compared(0.1, 0.08, 0.12, "loss", 1.0), 3.0, "worse"),
         (compared(0.04, 0.03, 0.05, "loss", 1.0), 3.0, "kept"),
         (compared(0.04, -0.03, 0.11, "loss", 1.0, clear=False), 3.0, "unclear"),

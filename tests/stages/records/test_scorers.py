@@ -232,7 +232,9 @@ def test_a_function_that_fails_is_one_sentence(name, sentence):
     assert sentence in str(mistake.value)
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("crf", "did you mean chrf?"), ("bleu", "choose one of auto, chrf,")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("crf", "did you mean chrf?"), ("bleu", "choose one of auto, choice, chrf,")]
+)
 def test_an_unknown_scorer_is_one_sentence(project, name, nearest):
     Path("params.yaml").write_text(PARAMS.replace("    train: 40", f"    score: {name}\n    train: 40", 1))
     with pytest.raises(MistakeError) as mistake:
