@@ -120,7 +120,8 @@ def retention(scores: dict[str, Scores], stage: str) -> dict[str, Any]:
 
 
 def comparisons(by_skill: dict[str, dict[str, Scores]], params: Params) -> list[dict[str, Any]]:
-    """Each skill learned earlier under each later stage, each merged skill under the merge, and each against the base.
+    """Each skill learned earlier under each later stage, each merged skill under the merge, and each against the base;
+    and what no stage learns under every model, against the base.
 
     Returns:
         `model` and what it is held `against`, the `dataset`, its `measure`, `before` and `after`, the `difference`, its
@@ -136,6 +137,8 @@ def comparisons(by_skill: dict[str, dict[str, Scores]], params: Params) -> list[
     later += [("merged", name, params.skills[name]) for name in params.merge.weights]
     learned = [(name, "base", dataset) for name, dataset in params.skills.items()]
     learned += [(against, "base", dataset) for _, against, dataset in later]
+    guards = [name for name in by_skill if name not in params.skills.values()]
+    learned += [(model, "base", guard) for guard in guards for model in [*params.stages, "merged"]]
     return [
         {"model": model, "against": against, "dataset": dataset}
         | _told(by_skill[dataset][against], by_skill[dataset][model])

@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.changes.measured import MERGED, Measured
 from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, summarise, survival
-from analysis.telling.skills import Cell, Change, changes
+from analysis.telling.skills import Cell, Change, changes, guarded
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
@@ -64,6 +64,11 @@ class Facts:
     def changed(self) -> list[Change]:
         """Skills before and after each later stage and the merge."""
         return changes(self.evaluation)
+
+    @cached_property
+    def guarded(self) -> list[Change]:
+        """What the training did to the datasets that no stage learns."""
+        return guarded(self.evaluation, self.settings.guards)
 
     @cached_property
     def gram(self) -> np.ndarray:

@@ -109,7 +109,8 @@ def evaluation_matrix(
             axes.text(x, y + 0.26, small, ha="center", va="center", fontsize=8, color=ink)
             if own.get(model) == skill:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, ec="#D55E00", lw=2.2))
-    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    kinds = ["skill" if skill in own.values() else "guard" for skill in skills]
+    axes.set_xticks(range(len(skills)), map(": ".join, zip(kinds, skills, strict=True)), weight="bold")
     axes.set_yticks(range(len(models)), [f"{model}\n{labels[model]}".strip() for model in models])
     axes.xaxis.tick_top()
     bare(axes)
@@ -339,7 +340,8 @@ def ablation_map(rows: list[dict[str, Any]], own: dict[str, str]) -> str:
         tips[gid] = f"{row['dataset']}: loss {row['loss']:.3f} with all of {row['stage']}, {row['without']:.3f} without"
         if own[row["stage"]] == row["dataset"]:
             axes.add_patch(Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, fill=False, ec="#D55E00", lw=1.8))
-    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    kinds = ["skill" if skill in own.values() else "guard" for skill in skills]
+    axes.set_xticks(range(len(skills)), map(": ".join, zip(kinds, skills, strict=True)), weight="bold")
     axes.set_yticks(range(len(groups)), [f"{stage}, layers {first}-{last}" for stage, first, last in groups])
     axes.xaxis.tick_top()
     bare(axes)

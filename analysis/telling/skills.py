@@ -94,6 +94,31 @@ def changes(evaluation: dict[str, Any]) -> list[Change]:
     return found
 
 
+def guarded(evaluation: dict[str, Any], guards: list[str]) -> list[Change]:
+    """What the training did to each guard, stage by stage and in the merged model, beside the base.
+
+    Args:
+        evaluation: content of reports/evaluation.json.
+        guards: datasets that no stage learns.
+    """
+    return [
+        Change(
+            model=each["model"],
+            dataset=each["dataset"],
+            stage="base",
+            before=each["before"],
+            after=each["after"],
+            measure=each["measure"],
+            verdict=judge(each, 0.0),
+            at_stake=bool(each["before"]),
+            questions=evaluation["questions"][each["dataset"]],
+            needed=each["needed"],
+        )
+        for each in evaluation["comparisons"]
+        if each["dataset"] in guards
+    ]
+
+
 def unclear_gains(evaluation: dict[str, Any], skills: dict[str, str]) -> dict[str, int]:
     """Stages whose gain on their own skill chance explains, and how many questions they were asked."""
     own = list(skills.items())

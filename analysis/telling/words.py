@@ -32,7 +32,7 @@ class Sentence(NamedTuple):
 
 def headline(facts: Facts) -> list[Sentence]:
     """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
-    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts)])
+    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts), *_guards(facts)])
     touched, rounded_away = _touched(facts), _rounded_away(facts)
     wrong = [
         *_cite(5, touched),
@@ -75,6 +75,16 @@ def _merge(facts: Facts) -> list[str]:
         "The merge lost part of what the stages had learned",
         "The merge kept what was learned",
         "Unclear in the merge",
+    )
+
+
+def _guards(facts: Facts) -> list[str]:
+    told = {change: f"{_went(change)} ({change.model})" for change in facts.guarded}
+    return _verdict(
+        told,
+        "The training harmed what no stage learns",
+        "The training left alone what no stage learns",
+        "Unclear of what no stage learns",
     )
 
 

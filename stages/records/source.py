@@ -59,8 +59,8 @@ class Single(Source):
 
     shuffled: ClassVar[bool] = True  # files are often sorted, and the evaluation split is the front
 
-    train: int | None = Field(default=None, gt=0)
-    """Records to train on; without it, all that `eval` and `tune` leave."""
+    train: int | None = Field(default=None, ge=0)
+    """Records to train on; without it, all that `eval` and `tune` leave; 0 for a guard, which no stage learns."""
     eval: int = Field(gt=0)
     """Records that models are scored on."""
     tune: int = Field(default=0, ge=0)

@@ -45,7 +45,7 @@ def split(found: Sequence[Item], train: int | None, eval: int, tune: int, where:
     Raises:
         MistakeError: the source has too few different records.
     """
-    wanted = eval + tune + (train or 1)
+    wanted = eval + tune + (1 if train is None else train)
     if len(found) < wanted:
         raise MistakeError(
             f"{where} has {len(found)} different records, but train, eval and tune together ask for {wanted};"
