@@ -32,7 +32,7 @@ from stages.errors import run
 from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, rounded, write_json
 from stages.models.architecture import layer_stack, place
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
-from stages.models.scoring import mean_loss
+from stages.models.losses import mean_loss
 from stages.project.params import Params, load_params
 from stages.records.lines import load_split
 from stages.records.tokens import encode

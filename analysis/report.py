@@ -62,7 +62,7 @@ def draw_files(facts: Facts) -> dict[str, str]:
     titles = [f"{name} · {labels[name]}" for name in measured.names]
     by_module = summarise(measured.inside, ["stage", "layer", "module"])
     return {
-        "evaluation": evaluation_matrix(facts.matrix, labels, facts.settings.skills, facts.changed),
+        "evaluation": evaluation_matrix(facts.evaluation, labels, facts.settings.skills, facts.changed + facts.guarded),
         "layers": heat_maps(by_module, measured.names, titles, measured.modules, measured.layers),
     }
 

@@ -15,7 +15,7 @@ from seeds import each_seed, mean_and_each
 from stages import train
 from stages.files import write_json
 from stages.models.loading import compute_dtype, load_model, load_tokenizer
-from stages.models.scoring import mean_loss
+from stages.models.losses import mean_loss
 from stages.project.params import load_params
 from stages.records.lines import load_split
 from stages.weights.checkpoint import open_stages

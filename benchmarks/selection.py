@@ -73,7 +73,9 @@ def main() -> None:
             train.main(name)
             _, (stage,) = open_stages([name])
             model, asked = load_model(stage, compute_dtype()), list(load_split("mixed", "eval"))
-            cells.append(score(model, load_tokenizer(), asked, load_params().evaluate))
+            rows = score(model, load_tokenizer(), asked, ["exact"] * len(asked), load_params().evaluate)
+            loss = sum(row["loss"] for row in rows) / sum(row["weight"] for row in rows)
+            cells.append({"loss": loss, "accuracy": sum(row["score"] for row in rows) / len(rows)})
 
     def table() -> str:
         lines = ["| learned from | loss | right answers, % |", "|---|--:|--:|"]

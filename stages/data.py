@@ -14,6 +14,7 @@ from typing import Any
 from stages.errors import run
 from stages.files import DATA, REPORTS, publish, sha256, write_json
 from stages.project.params import load_params
+from stages.records.lines import Lines
 from stages.records.record import Record, answer, question
 from stages.records.rows import report_of
 from stages.records.source import Source
@@ -21,14 +22,16 @@ from stages.records.sources.mix import Mix
 
 
 def main(name: str) -> None:
-    """Write the splits of dataset `name` and its counts."""
+    """Write the splits of dataset `name`, its counts, and how its answers are scored."""
     settings = load_params()
     dataset: Source = settings.find("datasets", name)
-    splits = dataset.splits(name, settings.seed, f"params.yaml: datasets.{name}")
+    where = f"params.yaml: datasets.{name}"
+    splits = dataset.splits(name, settings.seed, where)
     report: dict[str, Any] = {}
     with publish(DATA / name) as folder:
         for part, records in splits.parts.items():
             report |= _write(records, folder / f"{part}.jsonl")
+        report["scorers"] = dataset.scorers(name, Lines(folder / "eval.jsonl"), where)
         if isinstance(dataset, Mix):
             write_json(folder / "mix.json", dataset.weights())
     report |= report_of(splits.found)

@@ -1,15 +1,16 @@
 """Name what later stages read: `python -m stages.pick data`, or `checkpoints`.
 
 DVC cannot make a list of dependencies from params.yaml, and a folder may hold what params.yaml does not name any more.
-So picked/ has a list of the evaluation splits (data.json), one of all stages with their records (checkpoints.json) and
-one of those that are merged (merged.json): a later stage depends on a list, and runs again when its part has changed.
+So picked/ has a list of the evaluation splits (data.json), one of how their answers are scored (scorers.json), one of
+all stages with their records (checkpoints.json) and one of those that are merged (merged.json): a later stage depends
+on a list, and runs again when its part has changed.
 """
 
 import sys
 from typing import Any
 
 from stages.errors import MistakeError, run
-from stages.files import CHECKPOINTS, DATA, PICKED, read_json, sha256, write_json
+from stages.files import CHECKPOINTS, DATA, PICKED, REPORTS, read_json, sha256, write_json
 from stages.project.params import Params, load_params
 
 
@@ -19,6 +20,7 @@ def main(kind: str) -> None:
     if kind == "data":
         hashes = {name: sha256([DATA / name / "eval.jsonl"]) for name in params.datasets}
         write_json(PICKED / "data.json", hashes)
+        write_json(PICKED / "scorers.json", {name: _scorers(name) for name in params.datasets})
     elif kind == "checkpoints":
         write_json(PICKED / "checkpoints.json", records(params, list(params.stages)))
         write_json(PICKED / "merged.json", records(params, sorted(params.merge.weights)))
@@ -30,6 +32,12 @@ def records(params: Params, names: list[str]) -> dict[str, dict[str, Any]]:
     """stage.json and the size in bytes of the base, and of these stages with their ancestors, each after its parent."""
     lineage = dict.fromkeys(ancestor for name in names for ancestor in params.lineage(name))
     return {name: _record(name) for name in ["base", *lineage]}
+
+
+def _scorers(dataset: str) -> dict[str, dict[str, str]]:
+    """How answers are scored, by part; why is of no consequence."""
+    chosen = read_json(REPORTS / "data" / f"{dataset}.json")[dataset]["scorers"]
+    return {part: {key: each[key] for key in each if key != "why"} for part, each in chosen.items()}
 
 
 def _record(name: str) -> dict[str, Any]:

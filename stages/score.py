@@ -1,31 +1,53 @@
 """One model on every skill: `python -m stages.score NAME`, where NAME is `base`, a stage or `merged`.
 
-Writes reports/scores/NAME.json: for each dataset the loss on its evaluation split, and the share of answers that are
-right where there are answers to compare with.
+Writes reports/answers/NAME.parquet: every record of every evaluation split, with what the model says and its loss.
 """
 
 import sys
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from stages.errors import run
-from stages.files import PICKED, REPORTS, read_json, write_json
+from stages.files import ANSWERS, PICKED, read_json, rounded, write_table
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.models.scoring import score
 from stages.project.params import load_params
 from stages.records.lines import load_split
+from stages.records.scorers import scorers_of
 from stages.weights.checkpoint import open_model
+
+COLUMNS = {
+    "dataset": "str",
+    "record": "int64",  # line of data/DATASET/eval.jsonl, from 1
+    "question": "str",
+    "reference": "str",
+    "answer": "str",
+    "scorer": "str",
+    "score": "float64",  # 0 to 1
+    "loss": "float64",  # Σwᵢlᵢ over the record's tokens, nats
+    "weight": "float64",  # Σ|wᵢ|
+}
 
 
 def main(name: str) -> None:
     """Score the model of that name."""
     params = load_params()
     torch.set_num_threads(params.thread_count)
+    chosen = read_json(PICKED / "scorers.json")
+    records = {dataset: load_split(dataset, "eval") for dataset in chosen}
+    scorers = {dataset: scorers_of(dataset, chosen[dataset], records[dataset]) for dataset in chosen}
     model, tokenizer = load_model(open_model(name), compute_dtype(), device()), load_tokenizer()
-    datasets = tqdm(read_json(PICKED / "data.json"), desc=f"score {name}", unit="dataset", dynamic_ncols=True)
-    row = {dataset: score(model, tokenizer, load_split(dataset, "eval"), params.evaluate) for dataset in datasets}
-    write_json(REPORTS / "scores" / f"{name}.json", row)
+    rows = [
+        {"dataset": dataset, "record": number, **row}
+        for dataset in tqdm(chosen, desc=f"score {name}", unit="dataset", dynamic_ncols=True)
+        for number, row in enumerate(
+            score(model, tokenizer, records[dataset], scorers[dataset], params.evaluate), start=1
+        )
+    ]
+    table = pd.DataFrame(rounded(rows), columns=list(COLUMNS)).astype(COLUMNS)
+    write_table(ANSWERS / f"{name}.parquet", table)
 
 
 if __name__ == "__main__":

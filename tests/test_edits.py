@@ -115,7 +115,12 @@ EDITS = {
     "a new source": (new("stages/records/sources/new.py"), DATA),
     "a comment in the reader of params.yaml": (comment("stages/project/params.py"), set()),
     "a comment in the resumed state": (comment("stages/training/resume.py"), set()),
-    "a comment in the scores": (comment("stages/models/scoring.py"), SCORES | PROBES),
+    "a comment in the scores": (comment("stages/models/scoring.py"), SCORES),
+    "a comment in the scorers": (comment("stages/records/scorers.py"), DATA | SCORES | {"evaluate"}),
+    "how answers are scored": (
+        param("    path: sums.jsonl\n    train: 40", "    path: sums.jsonl\n    score: chrf\n    train: 40"),
+        {"data@sums", "pick_data", "evaluate", "report"} | SCORES,
+    ),
     "a comment in the probe": (comment("analysis/running/watching.py"), PROBES),
     "a comment in what is measured": (comment("analysis/changes/spectra.py"), {"measure"}),
     "a word of the report": (comment("analysis/telling/words.py"), {"report"}),
@@ -127,7 +132,8 @@ EDITS = {
     "dvc": (pin("dvc"), set()),
     "reasoning-gym": (pin("reasoning-gym"), DATA | SCORES),
     "datasets": (pin("datasets"), DATA),
-    "pandas": (pin("pandas"), DATA | {"measure", "report"}),
+    "sacrebleu": (pin("sacrebleu"), DATA | SCORES),
+    "pandas": (pin("pandas"), DATA | SCORES | {"measure", "evaluate", "report"}),
     "mergekit": (pin("mergekit"), {"merge", "measure"}),
     "transformers": (pin("transformers"), {"base"} | each("train") | SCORES | PROBES),
     # settings

@@ -12,6 +12,7 @@ COMMANDS = {
     "show": "training examples token by token, with their weights",
     "view": "the report: its headline here, its page in the browser",
     "compare": "what sets any models apart, layer by layer",
+    "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",
     "provenance": "how a file was made, from its own metadata",
     "docs": "the generated parts of docs/ anew",

@@ -17,13 +17,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.errors import MistakeError
-from stages.files import CHECKPOINTS, DATA, read_json, sha256, write_json
+from stages.files import CHECKPOINTS, DATA, REPORTS, read_json, sha256, write_json
 from stages.merging.kernels import find_kernel, parameters_of
 from stages.merging.merged import Merged
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
-from stages.models.scoring import mean_loss, score
+from stages.models.losses import mean_loss
+from stages.models.scoring import score
 from stages.project.params import Params, load_params
 from stages.records.lines import load_split
+from stages.records.scorers import scorers_of
 from stages.settings.merge import Merge
 from stages.training.resume import resume_folder
 from stages.weights.checkpoint import open_stages
@@ -166,14 +168,24 @@ class Trials:
         }
 
     def _score(self, model: PreTrainedModel, names: list[str] | None = None) -> Skills:
-        """How good a model is at the stages' skills: accuracy, or the loss in nats per token with its sign changed."""
-        bounds, accuracy = self._settings.evaluate, self._settings.search.measure == "accuracy"
-        return {
-            name: score(model, self._tokenizer, self._records[name], bounds)["accuracy"]
-            if accuracy
-            else -mean_loss(model, self._tokenizer, self._records[name], bounds.batch_size)
-            for name in names or self._records
-        }
+        """How good a model is at the stages' skills: the loss in nats per token with its sign changed, or the score."""
+        by_loss = self._settings.search.measure == "loss"
+        return {name: (self._by_loss if by_loss else self._by_score)(model, name) for name in names or self._records}
+
+    def _by_loss(self, model: PreTrainedModel, name: str) -> float:
+        return -mean_loss(model, self._tokenizer, self._records[name], self._settings.evaluate.batch_size)
+
+    def _by_score(self, model: PreTrainedModel, name: str) -> float:
+        records, dataset = self._records[name], self._settings.skills[name]
+        chosen = read_json(REPORTS / "data" / f"{dataset}.json")[dataset]["scorers"]
+        scorers = scorers_of(dataset, chosen, records)
+        rows = score(model, self._tokenizer, records, scorers, self._settings.evaluate)
+        scores = [row["score"] for row in rows if "score" in row]
+        if not scores:
+            raise MistakeError(
+                f"params.yaml: search.measure is score, but dataset {dataset} has no answer that is scored; write loss"
+            )
+        return sum(scores) / len(scores)
 
 
 def summary(trial: dict[str, Any], number: int) -> dict[str, Any]:

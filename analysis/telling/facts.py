@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.changes.measured import MERGED, Measured
 from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, summarise, survival
-from analysis.telling.skills import Cell, Change, changes
+from analysis.telling.skills import Cell, Change, changes, guarded
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
@@ -26,9 +26,8 @@ class Facts:
         settings: params.yaml.
         measured: weights, from `analysis.measure`.
         records: stage.json of the base and of every stage, and the checkpoint's size in bytes.
-        matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
-        retention: of the same file, by stage.
-        questions: number of evaluation records with an answer to compare with, by dataset.
+        evaluation: content of reports/evaluation.json.
+        scorers: how answers are scored and why, by dataset and part.
         curves: loss curve of every stage.
         spent: steps, tokens and the like, of reports/train, by stage.
         probe: what the running models do, from `gather_probe`.
@@ -39,9 +38,8 @@ class Facts:
     settings: Params
     measured: Measured
     records: dict[str, dict[str, Any]]
-    matrix: dict[str, dict[str, Cell]]
-    retention: dict[str, dict[str, Any]]
-    questions: dict[str, int]
+    evaluation: dict[str, Any]
+    scorers: dict[str, dict[str, dict[str, str]]]
     curves: dict[str, list[dict[str, Any]]]
     spent: dict[str, dict[str, Any]]
     probe: dict[str, Any]
@@ -52,10 +50,25 @@ class Facts:
         """Stages in the merge, in the order of params.yaml."""
         return [name for name in self.settings.stages if name in self.settings.merge.weights]
 
+    @property
+    def matrix(self) -> dict[str, dict[str, Cell]]:
+        """Model, dataset, then the loss and the dataset's own measure."""
+        return self.evaluation["matrix"]
+
+    @property
+    def retention(self) -> dict[str, dict[str, Any]]:
+        """What the merge kept of each stage's gain, by stage."""
+        return self.evaluation["retention"]
+
     @cached_property
     def changed(self) -> list[Change]:
         """Skills before and after each later stage and the merge."""
-        return changes(self.matrix, self.settings, self.questions)
+        return changes(self.evaluation)
+
+    @cached_property
+    def guarded(self) -> list[Change]:
+        """What the training did to the datasets that no stage learns."""
+        return guarded(self.evaluation, self.settings.guards)
 
     @cached_property
     def gram(self) -> np.ndarray:
@@ -106,7 +119,6 @@ class Facts:
 
 def gather(params: Params) -> Facts:
     """Read what the other stages left."""
-    evaluation = read_json(REPORTS / "evaluation.json")
     records = read_json(PICKED / "checkpoints.json")
     architecture = Architecture.of(BASE)
     trained = [name for name, stage in params.stages.items() if stage.method != "import"]
@@ -114,9 +126,8 @@ def gather(params: Params) -> Facts:
         settings=params,
         measured=Measured.read(REPORTS / "measured"),
         records=records,
-        matrix=evaluation["matrix"],
-        retention=evaluation["retention"],
-        questions={name: _questions(name) for name in params.datasets},
+        evaluation=read_json(REPORTS / "evaluation.json"),
+        scorers={name: read_json(REPORTS / "data" / f"{name}.json")[name]["scorers"] for name in params.datasets},
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
         spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
         probe=gather_probe(params),
@@ -128,12 +139,6 @@ def gather_probe(params: Params) -> dict[str, Any]:
     """The base's probe, and below `checkpoints` those of the stages, in order, and of the merged model."""
     checkpoints = {name: read_json(REPORTS / "probe" / f"{name}.json") for name in [*params.stages, MERGED]}
     return read_json(REPORTS / "probe" / "base.json") | {"checkpoints": checkpoints}
-
-
-def _questions(dataset: str) -> int:
-    """Evaluation records with an answer; all of them, where the counts are from before these were counted apart."""
-    counts = read_json(REPORTS / "data" / f"{dataset}.json")[dataset]
-    return int(counts.get("eval_answers", counts["eval"]))
 
 
 def _outside(architecture: Architecture, params: Params, name: str) -> list[int]:

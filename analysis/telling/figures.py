@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from analysis.changes.tables import NO_STAGE, cosines
 from analysis.telling.skills import Change
 from analysis.telling.svg import FAINT, GREY, INK, STYLE, WIDTH, Tips, bare, draw_cell, layer_grid, to_svg
-from analysis.telling.text import percent, score
+from analysis.telling.text import percent, score, scored
 
 # Okabe and Ito's colours, which keep apart for every kind of colour vision; hatches serve print and grey.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -75,17 +75,18 @@ def heat_maps(cells: pd.DataFrame, names: list[str], titles: list[str], modules:
 
 @mpl.rc_context(STYLE)
 def evaluation_matrix(
-    matrix: dict[str, Any], labels: dict[str, str], own: dict[str, str], changed: list[Change]
+    evaluation: dict[str, Any], labels: dict[str, str], own: dict[str, str], changed: list[Change]
 ) -> str:
-    """Models down, skills across: accuracy large, loss small, and an arrow where a skill got worse.
+    """Models down, skills across: a skill's measure large, the other one small, and an arrow where it got worse.
 
     Args:
-        matrix: of reports/evaluation.json.
+        evaluation: content of reports/evaluation.json.
         labels: a second line for the name of each model.
         own: by stage, the skill that it was trained on; its cell is framed.
         changed: skills before and after; those that are worse get an arrow.
     """
-    models, skills = list(matrix), list(next(iter(matrix.values())))
+    matrix, measures = evaluation["matrix"], evaluation["measures"]
+    models, skills = list(matrix), list(measures)
     worse = {(change.model, change.dataset): change for change in changed if change.worse}
     colour, tips = mpl.colormaps["Blues"], {}
     figure = Figure((max(7.0, 3.2 + 1.75 * len(skills)), 0.74 * len(models) + 0.75), layout="constrained")
@@ -93,21 +94,23 @@ def evaluation_matrix(
     axes.set(xlim=(-0.5, len(skills) - 0.5), ylim=(len(models) - 0.5, -0.5))
     for y, model in enumerate(models):
         for x, skill in enumerate(skills):
-            cell, gid = matrix[model][skill], f"e{y}_{x}"
-            shade = 0.75 * cell["accuracy"] if "accuracy" in cell else 0.0
+            cell, measure, gid = matrix[model][skill], measures[skill], f"e{y}_{x}"
+            shade = 0.0 if measure == "loss" else 0.75 * cell[measure]
             draw_cell(axes, x, y, colour(shade), gid)
             ink = "white" if shade > 0.55 else INK
-            large = f"{100 * cell['accuracy']:.0f} %" if "accuracy" in cell else f"loss {cell['loss']:.2f}"
-            small = f"loss {cell['loss']:.2f}" if "accuracy" in cell else ""
+            large = scored(cell[measure], measure)
+            small = "".join(scored(value, other) for other, value in cell.items() if other != measure)
+            low, high = (score(end, measure) for end in evaluation["intervals"][model][skill][measure])
+            tips[gid] = f"{model} on {skill}: {large} ({low} to {high} in 95 %), {small}".removesuffix(", ")
             if lost := worse.get((model, skill)):
                 large = f"▼ {large}"
                 small = f"{small}   was {score(lost.before, lost.measure)}"
             axes.text(x, y - 0.1, large, ha="center", va="center", fontsize=13, color=ink, weight="bold")
             axes.text(x, y + 0.26, small, ha="center", va="center", fontsize=8, color=ink)
-            tips[gid] = f"{model} on {skill}: {large}, {small}"
             if own.get(model) == skill:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, ec="#D55E00", lw=2.2))
-    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    kinds = ["skill" if skill in own.values() else "guard" for skill in skills]
+    axes.set_xticks(range(len(skills)), map(": ".join, zip(kinds, skills, strict=True)), weight="bold")
     axes.set_yticks(range(len(models)), [f"{model}\n{labels[model]}".strip() for model in models])
     axes.xaxis.tick_top()
     bare(axes)
@@ -337,7 +340,8 @@ def ablation_map(rows: list[dict[str, Any]], own: dict[str, str]) -> str:
         tips[gid] = f"{row['dataset']}: loss {row['loss']:.3f} with all of {row['stage']}, {row['without']:.3f} without"
         if own[row["stage"]] == row["dataset"]:
             axes.add_patch(Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, fill=False, ec="#D55E00", lw=1.8))
-    axes.set_xticks(range(len(skills)), [f"skill: {skill}" for skill in skills], weight="bold")
+    kinds = ["skill" if skill in own.values() else "guard" for skill in skills]
+    axes.set_xticks(range(len(skills)), map(": ".join, zip(kinds, skills, strict=True)), weight="bold")
     axes.set_yticks(range(len(groups)), [f"{stage}, layers {first}-{last}" for stage, first, last in groups])
     axes.xaxis.tick_top()
     bare(axes)

@@ -14,7 +14,8 @@ from analysis.changes.metrics import METRICS
 from analysis.changes.tables import NO_STAGE, summarise
 from analysis.telling.facts import Facts
 from analysis.telling.log import actions
-from analysis.telling.text import NOTHING, in_layers, measured, number, percent, score, whole_percent
+from analysis.telling.skills import LOSS_RISE, MARGIN
+from analysis.telling.text import NOTHING, UNITS, in_layers, measured, number, percent, score, scored, whole_percent
 from analysis.telling.words import NORMS, cards, guesses, headline, label
 from stages.models.architecture import OUTSIDE
 
@@ -35,7 +36,7 @@ def render(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters = [in_layers, measured, number, percent, score, whole_percent]
+    filters = [in_layers, measured, number, percent, score, scored, whole_percent]
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals["metrics"] = METRICS
     return environment.get_template(template).render(content)
@@ -52,6 +53,9 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "cards": cards(facts),
         "pictures": pictures,
         "skills": _skill_rows(facts),
+        "scorers": _scorer_rows(facts),
+        "margin": MARGIN,
+        "loss_rise": LOSS_RISE,
         "directions": _direction_rows(facts),
         "wrote_inside": bool(len(facts.measured.inside)),
         "moved": _moved_rows(facts),
@@ -78,10 +82,28 @@ def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
             "stage": name,
             "label": label(facts, name),
             "scores": [score(value, retention["measure"]) for value in values],
-            "merged": name in facts.settings.merge.weights,
+            "unit": UNITS[retention["measure"]].strip() or retention["measure"],
+            "kept": _kept(retention) + ("" if name in facts.settings.merge.weights else " (not merged)"),
         }
         rows.append(row | retention)
     return rows
+
+
+def _kept(retention: dict[str, Any]) -> str:
+    """The share of the gain that is left in the merged model, with its 95 % interval."""
+    if retention["retention"] is None:
+        return "nothing gained"
+    ends = f" ({' to '.join(map(whole_percent, retention['interval']))})" if retention["interval"] else " (unclear)"
+    return whole_percent(retention["retention"]) + ends
+
+
+def _scorer_rows(facts: Facts) -> list[dict[str, Any]]:
+    """How the answers of each dataset, and of each part of a mix, are scored and why."""
+    return [
+        {"dataset": name if part == name else f"{name}, {part}", **chosen}
+        for name, parts in facts.scorers.items()
+        for part, chosen in parts.items()
+    ]
 
 
 def _direction_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -1,15 +1,16 @@
-"""What the evaluation matrix says about skills lost: by a later stage, or by the merge."""
+"""What the evaluation says about skills kept and lost: by a later stage, or by the merge."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
-from stages.project.params import Params
+MARGIN = 0.1  # of what was learned: a skill is kept where the loss of more is excluded
+LOSS_RISE = 0.05  # of itself: the same of a skill that is told by its loss
 
-LOSS_RISE = 0.05  # a skill without answers to count is worse when its loss rises by more than this share
+WORSE, KEPT, UNCLEAR = "worse", "kept", "unclear"
 
-Cell = dict[str, float]
+Cell = dict[str, float]  # a measure and its value
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Change:
         model: the row of the matrix that shows the skill afterwards: a stage or `merged`.
         dataset: the skill.
         stage: the row that shows it before: the parent of a stage; for `merged`, the stage that learned it.
-        before: accuracy, or loss in nats where the dataset has no answers to count.
+        before: accuracy or another score, or loss in nats.
         after: the same afterwards.
-        measure: `accuracy` or `loss`.
-        worse: whether it got worse by more than chance (see `is_worse`).
-        at_stake: whether it could have: a skill that is not there cannot be lost, nor be said to be kept.
+        measure: which it is.
+        verdict: WORSE, KEPT, or UNCLEAR, which no one can tell with so few questions (see `judge`).
+        at_stake: whether it could get lost: a skill that is not there cannot be, nor be said to be kept.
+        questions: how many were asked.
+        needed: how many it takes to tell a difference of this size; None where there is none.
     """
 
     model: str
@@ -33,45 +36,98 @@ class Change:
     before: float
     after: float
     measure: str
-    worse: bool
+    verdict: str
     at_stake: bool
+    questions: int
+    needed: int | None
+
+    @property
+    def worse(self) -> bool:
+        """Whether it got worse by more than chance explains."""
+        return self.verdict == WORSE
 
 
-def is_worse(before: float, after: float, measure: str, questions: int) -> bool:
-    """Whether a skill got worse by more than chance would explain.
+def judge(compared: dict[str, Any], base: float) -> str:
+    """Whether a skill was kept or got worse, or whether that is unclear.
 
-    Accuracy: the fall exceeds two standard errors of a difference of two shares of `questions` answers,
-    √((p(1−p)+q(1−q))/n). Loss: it rises by more than LOSS_RISE of itself.
+    KEPT: the 95 % interval of the difference excludes the loss of more than MARGIN of what the skill had over the base;
+    of a skill that is told by its loss, a rise by more than LOSS_RISE. WORSE: it excludes no loss at all too, and where
+    answers are right or wrong, so does McNemar's exact test.
+
+    Args:
+        compared: one of the comparisons of reports/evaluation.json.
+        base: what the base has in place of `before`.
     """
-    if measure == "loss":
-        return after > before * (1 + LOSS_RISE)
-    error = math.sqrt((before * (1 - before) + after * (1 - after)) / questions)
-    return before - after > 2 * error
+    low, high = compared["interval"]
+    is_loss = compared["measure"] == "loss"
+    most = high if is_loss else -low
+    allowed = LOSS_RISE * compared["before"] if is_loss else MARGIN * (compared["before"] - base)
+    if most <= allowed:
+        return KEPT
+    return WORSE if compared["clear"] and _is_worse(compared) else UNCLEAR
 
 
-def changes(matrix: dict[str, dict[str, Cell]], params: Params, questions: dict[str, int]) -> list[Change]:
+def changes(evaluation: dict[str, Any]) -> list[Change]:
     """Each skill learned earlier under each later stage, then each merged stage's skill under the merge.
 
     Args:
-        matrix: of reports/evaluation.json: model, dataset, then accuracy and loss.
-        params: tell who learned what, and what came after what.
-        questions: number of evaluation records with an answer, by dataset.
+        evaluation: content of reports/evaluation.json.
     """
-    pairs = [
-        (name, params.skills[earlier], stage.parent)
-        for name, stage in params.stages.items()
-        for earlier in params.ancestors(name)
-        if params.skills[earlier] != params.skills[name]
+    compared = {(each["model"], each["against"], each["dataset"]): each for each in evaluation["comparisons"]}
+    found = []
+    for (model, against, dataset), each in compared.items():
+        if against != "base":
+            learned = compared[against, "base", dataset]
+            change = Change(
+                model=model,
+                dataset=dataset,
+                stage=against,
+                before=each["before"],
+                after=each["after"],
+                measure=each["measure"],
+                verdict=judge(each, learned["before"]),
+                at_stake=learned["clear"] and not _is_worse(learned),
+                questions=evaluation["questions"][dataset],
+                needed=each["needed"],
+            )
+            found.append(change)
+    return found
+
+
+def guarded(evaluation: dict[str, Any], guards: list[str]) -> list[Change]:
+    """What the training did to each guard, stage by stage and in the merged model, beside the base.
+
+    Args:
+        evaluation: content of reports/evaluation.json.
+        guards: datasets that no stage learns.
+    """
+    return [
+        Change(
+            model=each["model"],
+            dataset=each["dataset"],
+            stage="base",
+            before=each["before"],
+            after=each["after"],
+            measure=each["measure"],
+            verdict=judge(each, 0.0),
+            at_stake=bool(each["before"]),
+            questions=evaluation["questions"][each["dataset"]],
+            needed=each["needed"],
+        )
+        for each in evaluation["comparisons"]
+        if each["dataset"] in guards
     ]
-    pairs += [("merged", params.skills[name], name) for name in params.merge.weights]
-    return [_change(matrix, *pair, questions) for pair in dict.fromkeys(pairs)]
 
 
-def _change(
-    matrix: dict[str, dict[str, Cell]], model: str, dataset: str, stage: str, questions: dict[str, int]
-) -> Change:
-    measure = "accuracy" if "accuracy" in matrix[model][dataset] else "loss"
-    before, after = matrix[stage][dataset][measure], matrix[model][dataset][measure]
-    lost = 0.0 if measure == "accuracy" else matrix["base"][dataset][measure]
-    worse, at_stake = (is_worse(before, value, measure, questions[dataset]) for value in (after, lost))
-    return Change(model, dataset, stage, before, after, measure, worse, at_stake)
+def unclear_gains(evaluation: dict[str, Any], skills: dict[str, str]) -> dict[str, int]:
+    """Stages whose gain on their own skill chance explains, and how many questions they were asked."""
+    own = list(skills.items())
+    return {
+        each["model"]: evaluation["questions"][each["dataset"]]
+        for each in evaluation["comparisons"]
+        if each["against"] == "base" and (each["model"], each["dataset"]) in own and not each["clear"]
+    }
+
+
+def _is_worse(compared: dict[str, Any]) -> bool:
+    return (compared["difference"] > 0) == (compared["measure"] == "loss") and compared["difference"] != 0

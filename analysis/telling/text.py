@@ -36,9 +36,19 @@ def measured(value: float | None, metric: Metric) -> str:
     return percent(value) if metric.is_share else number(value, ".2g")
 
 
+UNITS = {"accuracy": "", "chrf": "chrF ", "rouge_l": "ROUGE-L ", "score": "score ", "loss": "loss "}
+
+
 def score(value: float, measure: str) -> str:
-    """An accuracy as `78 %`, a loss as `1.23`."""
-    return whole_percent(value) if measure == "accuracy" else number(value, ".2f")
+    """An accuracy as `78 %`, chrF and ROUGE-L as `78` of 100, a loss in nats or a score of the user's own as `1.23`."""
+    if measure == "accuracy":
+        return whole_percent(value)
+    return number(100 * value, ".0f") if measure in ("chrf", "rouge_l") else number(value, ".2f")
+
+
+def scored(value: float, measure: str) -> str:
+    """The same with its unit, such as `chrF 78`."""
+    return UNITS[measure] + score(value, measure)
 
 
 def ranges(layers: list[int]) -> str:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 from analysis.changes.measured import KEYS
 from analysis.changes.tables import summarise
 from analysis.telling.facts import Facts
-from analysis.telling.skills import Change
-from analysis.telling.text import in_layers, percent, ranges, score, whole_percent
+from analysis.telling.skills import KEPT, UNCLEAR, Change, unclear_gains
+from analysis.telling.text import in_layers, percent, ranges, score, scored, whole_percent
 from stages.models.architecture import OUTSIDE
 
 SENTENCES = 5
 SHIFT = 0.15  # of a stage's change; one of which no more is missing is there in full
 NORMS = r"norm|ln_"  # in the names of normalisations
+LISTED = 4  # skills in one sentence
 HALF = 0.5  # of a stage's gain; a merge that keeps less has lost the skill rather than some of it
 
 
@@ -31,7 +32,7 @@ class Sentence(NamedTuple):
 
 def headline(facts: Facts) -> list[Sentence]:
     """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
-    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts)])
+    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts), *_guards(facts)])
     touched, rounded_away = _touched(facts), _rounded_away(facts)
     wrong = [
         *_cite(5, touched),
@@ -49,30 +50,72 @@ def _cite(section: int, texts: list[str]) -> list[Sentence]:
 
 
 def _learned(facts: Facts) -> str:
-    skills = []
+    unclear, skills = unclear_gains(facts.evaluation, facts.settings.skills), []
     for name in facts.settings.stages:
         measure = facts.retention[name]["measure"]
         before, after = (facts.matrix[model][facts.settings.skills[name]][measure] for model in ("base", name))
-        skills.append(f"{name} went {_from_to(before, after, measure)}")
+        doubt = f" (unclear with {_questions(unclear[name])})" if name in unclear and before != after else ""
+        skills.append(f"{name} went {_from_to(before, after, measure)}{doubt}")
     return f"On the skill that it was trained on, {'; '.join(skills)}."
 
 
 def _later(facts: Facts) -> list[str]:
     later = [change for change in facts.changed if change.model != "merged"]
-    harmed = [f"{change.model} took {_went(change)}" for change in later if change.worse]
-    if harmed:
-        return [f"Later stages harmed earlier skills: {'; '.join(harmed)}."]
-    at_stake = any(change.at_stake for change in later)
-    return ["No later stage lowered an earlier skill by more than chance explains."] if at_stake else []
+    told = {change: f"{change.model} took {_went(change)}" for change in later}
+    return _verdict(
+        told, "Later stages harmed earlier skills", "Later stages kept earlier skills", "Unclear under later stages"
+    )
 
 
 def _merge(facts: Facts) -> list[str]:
     merge = [change for change in facts.changed if change.model == "merged"]
-    lost = [_extent(facts, change) + _went(change) for change in merge if change.worse]
-    if lost:
-        return [f"The merge lost part of what the stages had learned: {'; '.join(lost)}."]
-    kept = [_went(change) for change in merge if change.at_stake]
-    return [f"The merge lost no skill by more than chance explains: {'; '.join(kept)}."] if kept else []
+    told = {change: (_extent(facts, change) if change.worse else "") + _went(change) for change in merge}
+    return _verdict(
+        told,
+        "The merge lost part of what the stages had learned",
+        "The merge kept what was learned",
+        "Unclear in the merge",
+    )
+
+
+def _guards(facts: Facts) -> list[str]:
+    told = {change: f"{_went(change)} ({change.model})" for change in facts.guarded}
+    return _verdict(
+        told,
+        "The training harmed what no stage learns",
+        "The training left alone what no stage learns",
+        "Unclear of what no stage learns",
+    )
+
+
+def _verdict(told: dict[Change, str], worse: str, kept: str, unclear: str) -> list[str]:
+    """What was lost, or kept if nothing was, and of what neither can be told with so few questions."""
+    lost = [text for change, text in told.items() if change.worse]
+    held = [text for change, text in told.items() if change.verdict == KEPT and change.at_stake]
+    doubts = [f"{text} {_doubt(c)}" for c, text in told.items() if c.verdict == UNCLEAR and c.at_stake]
+    parts = [f"{worse}: {_listed(lost)}."] if lost else [f"{kept}: {_listed(held)}."] if held else []
+    parts += [f"{unclear}: {_listed(doubts)}."] if doubts else []
+    return [" ".join(parts)] if parts else []
+
+
+def _listed(texts: list[str]) -> str:
+    more = len(texts) - LISTED
+    return "; ".join(texts[:LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _doubt(change: Change) -> str:
+    """How many questions were too few, and how many would tell such a difference."""
+    more = f"; to tell a difference of this size takes about {_round(change.needed)}" if change.needed else ""
+    return f"({_questions(change.questions)}{more})"
+
+
+def _questions(count: int) -> str:
+    return f"{count:,} question{'s' if count > 1 else ''}"
+
+
+def _round(count: int) -> str:
+    """Two digits of a number are all that is known of it."""
+    return f"{float(f'{count:.2g}'):,.0f}"
 
 
 def _extent(facts: Facts, change: Change) -> str:
@@ -85,8 +128,8 @@ def _went(change: Change) -> str:
 
 
 def _from_to(before: float, after: float, measure: str) -> str:
-    unit = "" if measure == "accuracy" else "a loss of "
-    return f"from {unit}{score(before, measure)} to {score(after, measure)}"
+    first = f"a {measure} of {score(before, measure)}" if measure in ("loss", "score") else scored(before, measure)
+    return f"from {first} to {score(after, measure)}"
 
 
 def _touched(facts: Facts) -> list[str]:
@@ -232,9 +275,10 @@ def _card(number: str, text: str, warn: bool) -> list[dict[str, Any]]:
 
 def _skills_card(facts: Facts) -> list[dict[str, Any]]:
     merge = [change for change in facts.changed if change.model == "merged" and (change.at_stake or change.worse)]
-    kept = sum(not change.worse for change in merge)
-    text = "skills are not worse after the merge"
-    return _card(f"{kept} of {len(merge)}", text, kept < len(merge)) if merge else []
+    verdicts = [change.verdict for change in merge]
+    unclear = f"; {verdicts.count(UNCLEAR)} unclear" if UNCLEAR in verdicts else ""
+    text = f"skills are kept in the merge{unclear}"
+    return _card(f"{verdicts.count(KEPT)} of {len(merge)}", text, any(c.worse for c in merge)) if merge else []
 
 
 def _rounding_card(facts: Facts) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Losses of the tokens that count."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.architecture import layer_stack
-from stages.records.tokens import Example
+from stages.records.record import Record
+from stages.records.tokens import Example, encode
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,34 @@ class _FrozenHead(torch.autograd.Function):
 
 def _cross_entropy(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), words, reduction="none")
+
+
+def mean_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> float:
+    """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
+    found = record_losses(model, tokenizer, records, batch_size)
+    return sum(loss for loss, _ in found) / sum(weight for _, weight in found)
+
+
+@torch.inference_mode()
+def record_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> list[tuple[float, float]]:
+    """Of each record Σwᵢlᵢ, the cross-entropy of its supervised tokens in nats by their weights, and Σ|wᵢ|."""
+    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
+    examples = [
+        (place, example) for place, record in enumerate(records) for example in encode(record, tokenizer, positions)
+    ]
+    examples.sort(key=lambda each: len(each[1].ids))
+    found = [(0.0, 0.0)] * len(records)
+    for start in range(0, len(examples), batch_size):
+        rows = examples[start : start + batch_size]
+        losses, weights = token_losses(
+            model, pad([example for _, example in rows], tokenizer.pad_token_id, model.device)
+        )
+        counts = [sum(weight != 0 for weight in example.weights[1:]) for _, example in rows]
+        for (place, example), own in zip(rows, (losses * weights).cpu().split(counts), strict=True):
+            total, learned = found[place]
+            found[place] = (total + float(own.sum()), learned + example.learned)
+    return found

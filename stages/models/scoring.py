@@ -4,45 +4,51 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.models.losses import pad, token_losses
-from stages.records.record import Record, answer, restore_tuples
-from stages.records.tokens import encode, turns
+from stages.models.losses import record_losses
+from stages.records.record import Record, answer, question
+from stages.records.scorers import score_answers
+from stages.records.tokens import turns
 from stages.settings.evaluate import Evaluate
-
-Cell = dict[str, float]  # loss in nats per supervised token; where there are answers to compare with, accuracy
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: Evaluate
-) -> Cell:
-    """Loss on all records, and accuracy on those that hold a reference answer."""
-    cell = {"loss": round(mean_loss(model, tokenizer, records, bounds.batch_size), 4)}
-    asked = [record for record in records if answer(record) is not None]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    scorers: Sequence[str],
+    bounds: Evaluate,
+) -> list[dict[str, Any]]:
+    """Ask every record, and score what the model says.
+
+    Args:
+        model: that is asked.
+        tokenizer: of the base.
+        records: with a reference answer or without.
+        scorers: the name of each record's; where it is `loss`, or there is no reference, nothing is asked.
+        bounds: of the answers.
+
+    Returns:
+        For each record `question`, `reference`, `loss` (Σwᵢlᵢ over its tokens, in nats) and `weight` (Σ|wᵢ|), and where
+        it was asked `answer`, `scorer` and `score` (0 to 1).
+    """
+    found = record_losses(model, tokenizer, records, bounds.batch_size)
+    rows: list[dict[str, Any]] = [
+        {"question": question(record), "reference": answer(record), "loss": loss, "weight": weight}
+        for record, (loss, weight) in zip(records, found, strict=True)
+    ]
+    asked = [i for i, row in enumerate(rows) if row["reference"] is not None and scorers[i] != "loss"]
     if asked:
-        answers = generate(model, tokenizer, asked, bounds)
-        right = sum(is_right(record, text) for record, text in zip(asked, answers, strict=True))
-        cell["accuracy"] = round(right / len(asked), 4)
-    return cell
-
-
-@torch.inference_mode()
-def mean_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
-) -> float:
-    """Cross-entropy in nats, averaged over the supervised tokens of `records` by their weights."""
-    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
-    examples = [example for record in records for example in encode(record, tokenizer, positions)]
-    examples.sort(key=lambda example: len(example.ids))
-    total = 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
-        losses, weights = token_losses(model, batch)
-        total += float((losses * weights).sum())
-    return total / sum(example.learned for example in examples)
+        names, questions = [scorers[i] for i in asked], [records[i] for i in asked]
+        answers = generate(model, tokenizer, questions, bounds)
+        scores = score_answers(names, answers, questions)
+        for i, name, text, value in zip(asked, names, answers, scores, strict=True):
+            rows[i] |= {"answer": text, "scorer": name, "score": value}
+    return rows
 
 
 @torch.inference_mode()
@@ -103,15 +109,3 @@ def _without_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = config
-
-
-def is_right(record: Record, text: str) -> bool:
-    """Whether an answer gets full marks from the task's own scorer, or is the reference where there is none."""
-    if "task" not in record:
-        return text == str(answer(record)).strip()
-    from reasoning_gym import get_score_answer_fn
-
-    try:
-        return bool(get_score_answer_fn(record["task"])(text, restore_tuples(record["entry"])) >= 1.0)
-    except Exception:  # some scorers raise on a malformed answer, which is then simply wrong
-        return False

@@ -16,6 +16,7 @@ from stages.records.source import Single, Source
 from stages.records.sources import SOURCES
 from stages.settings.base import Base
 from stages.settings.evaluate import Evaluate
+from stages.settings.gate import Gate
 from stages.settings.merge import Merge
 from stages.settings.search import Search
 from stages.settings.section import Name, Settings, mistake
@@ -60,6 +61,8 @@ class Params(Settings):
     """How every model is scored on every dataset."""
     warn: Warn = Warn()
     """When the report warns."""
+    gate: Gate = Gate()
+    """What the merged model must hold to, `strata gate`."""
 
     @field_validator("threads", mode="before")
     @classmethod
@@ -95,6 +98,11 @@ class Params(Settings):
     def skills(self) -> dict[str, str]:
         """The dataset that shows each stage's skill, by stage."""
         return {name: self.selected_from(stage.dataset) for name, stage in self.stages.items()}
+
+    @property
+    def guards(self) -> list[str]:
+        """Datasets that no stage learns, and none selects from: they show what the training does to all else."""
+        return [name for name in self.datasets if name not in self.skills.values()]
 
     def selected_from(self, name: str) -> str:
         """The dataset whose tokens a selection chooses from; a dataset is itself."""

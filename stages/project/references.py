@@ -24,6 +24,11 @@ def check_references(params: Params) -> None:
     for name, stage in params.stages.items():
         _one_of(stage.parent, ["base", *params.stages], f"stages.{name}.parent", "a stage")
         _one_of(stage.dataset, [*params.datasets, *params.selections], f"stages.{name}.dataset", "a dataset")
+        if getattr(params.datasets[params.selected_from(stage.dataset)], "train", None) == 0:
+            raise MistakeError(
+                f"stages.{name}.dataset names {stage.dataset!r}, a guard, of which nothing is to be learned; give its"
+                " train some records, or remove train"
+            )
     for name, selection in params.selections.items():
         _check_selection(params, name, selection)
     _refuse_circle(params)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,7 @@ from stages.errors import MistakeError
 from stages.records.chats import unlearned
 from stages.records.record import Record
 from stages.records.rows import Checked, Found, Rows
+from stages.records.scorers import Choice, ScorerName, choose
 from stages.records.shapes import PARTS, Columns, named, to_record
 from stages.records.splits import Splits, split
 from stages.settings.section import Chosen, mistake, nearest
@@ -42,14 +44,27 @@ class Source(Chosen, ABC):
             MistakeError: the source is not there or too small, or one of its records is malformed (its line is named).
         """
 
+    @abstractmethod
+    def scorers(self, name: str, records: Iterable[Record], where: str) -> dict[str, Choice]:
+        """How answers are scored and why, by part of a mix; any other dataset is its own part.
+
+        Args:
+            name: of the dataset.
+            records: of the evaluation split.
+            where: where it stands in params.yaml, for sentences about mistakes.
+
+        Raises:
+            MistakeError: the key `score` does not go with the records.
+        """
+
 
 class Single(Source):
     """A dataset of its own, or a part of a mix."""
 
     shuffled: ClassVar[bool] = True  # files are often sorted, and the evaluation split is the front
 
-    train: int | None = Field(default=None, gt=0)
-    """Records to train on; without it, all that `eval` and `tune` leave."""
+    train: int | None = Field(default=None, ge=0)
+    """Records to train on; without it, all that `eval` and `tune` leave; 0 for a guard, which no stage learns."""
     eval: int = Field(gt=0)
     """Records that models are scored on."""
     tune: int = Field(default=0, ge=0)
@@ -66,6 +81,13 @@ class Single(Source):
     """Keywords of the chat template, such as `enable_thinking: false`; a record's own win."""
     learn: Literal["all", "last"] = "all"
     """Which answers of a chat are learned: each, or the last alone."""
+    score: ScorerName = "auto"
+    """How an answer is scored: `exact`, `contains`, `number` (the last one), `choice` (the first option), `chrf`,
+    `rouge_l`, `task` (by a generated task), `loss` (not at all), or `module:function`, a function of your own that
+    takes the answer, the reference and the record, and gives a number from 0 to 1. `auto` takes what fits."""
+    score_sha256: str | None = None
+    """Hash of the file of `score: module:function`. It pins the function, of which the name says nothing; a file that
+    has changed is refused."""
 
     @field_validator("columns")
     @classmethod
@@ -78,9 +100,13 @@ class Single(Source):
         return columns
 
     @model_validator(mode="after")
-    def _consistent(self) -> Single:
+    def _consistent(self) -> Self:
         if self.format == "plain" and self.chat_template_kwargs:
             raise mistake(".chat_template_kwargs is of no use with format: plain; remove one of them")
+        if self.score_sha256 is not None and ":" not in self.score:
+            raise mistake(
+                f".score_sha256 is of use with score: module:function alone, and score is {self.score}; remove it"
+            )
         return self
 
     @property
@@ -127,3 +153,7 @@ class Single(Source):
         if keywords := self.chat_template_kwargs | record.get("chat_template_kwargs", {}):
             record["chat_template_kwargs"] = keywords
         return record if self.format == "auto" else record | {"format": self.format}
+
+    def scorers(self, name: str, records: Iterable[Record], where: str) -> dict[str, Choice]:
+        """One scorer for all records."""
+        return {name: choose(self.score, self.score_sha256, records, where)}

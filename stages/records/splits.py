@@ -61,11 +61,12 @@ def split(
     parts = {"eval": asked[:eval], "tune": asked[max(len(asked) - tune, 0) :]}
     held = {questions[place] for place in chain(*parts.values())}
     rest = array("Q", (place for place in once if questions[place] not in held))
-    if len(rest) < (train or 1):
+    least = 1 if train is None else train
+    if len(asked) < eval + tune or len(rest) < least:
         questioned = f" of {len(asked)} questions" if len(asked) < len(once) else ""
         raise MistakeError(
             f"{where} has {len(once)} different records{questioned}, but train, eval and tune together ask for"
-            f" {eval + tune + (train or 1)}; lower them or widen the task"
+            f" {eval + tune + least}; lower them or widen the task"
         )
     found.repeated, found.other_answers = len(order) - len(once), len(once) - len(rest) - eval - tune
     return {part: map(records.__getitem__, places) for part, places in (parts | {"train": rest[:train]}).items()}
@@ -126,12 +127,12 @@ def split_stream(records: Checked, train: int | None, eval: int, tune: int, wher
     stream, sieve, found = _filled(records, where), Sieve(), records.found
 
     def take(part: str, size: int | None) -> Iterator[Record]:
-        missing = size or 1
+        missing = 1 if size is None else size
         for record in islice(sieve.sift(stream, part, found), size):
             missing -= 1
             yield record
         found.check(where)
-        if missing > 0 and size != 0:
+        if missing > 0:
             raise MistakeError(
                 f"{where} ends {missing} different records too early for train, eval and tune together; lower them"
             )

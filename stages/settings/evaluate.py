@@ -10,5 +10,6 @@ class Evaluate(Settings):
 
     batch_size: int = Field(default=64, gt=0)
     """Examples at once in memory."""
-    max_new_tokens: int = Field(default=32, gt=0)
-    """Tokens of an answer; longer ones are cut and count as wrong."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Tokens of an answer, which is never longer than the longest reference; what is longer is cut before it is
+    scored."""

@@ -29,5 +29,5 @@ class Search(Settings):
     """The same of a method's density; without it, density stays as it is."""
     methods: list[str] | None = Field(default=None, min_length=1)
     """Merge methods to choose from; without it, the method stays as it is."""
-    measure: Literal["loss", "accuracy"] = "loss"
-    """What is compared on the tuning splits; the loss is quicker and finer."""
+    measure: Literal["loss", "score"] = "loss"
+    """What is compared on the tuning splits: the loss, which is quicker and finer, or what the answers score."""

@@ -1,9 +1,9 @@
 """A tiny project in a temporary folder: a base, three stages, a merge, and what the other stages report."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis import measure, report
 from analysis.telling.facts import Facts, gather
-from stages import pick
-from stages.files import write_json
+from stages import evaluate, pick
+from stages.files import rounded, write_json
 from stages.merge import write
 from stages.merging.merged import Merged
 from stages.methods import METHODS
@@ -75,7 +75,8 @@ class Project:
         curve = [{"stage": name, "step": step, "loss": 2.0 / step} for step in (1, 2)]
         write_json(Path("reports/train") / f"{name}.curve.json", curve)
         write_json(Path("reports/train") / f"{name}.json", {name: {"steps": 2, "tokens": 64}})
-        write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100}})
+        scorers = {name: {"scorer": "exact", "why": "answers are short"}}
+        write_json(Path("reports/data") / f"{name}.json", {name: {"eval": 100, "scorers": scorers}})
 
     def plant(self, name: str, layers: str, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         """Make it a stage on the base that changes every tensor of some layers as told: by name, given the weights."""
@@ -130,19 +131,34 @@ class Project:
         """Measure and write the report."""
         report.write(self.facts())
 
-    def evaluation(self, merged: float = 0.8, names_on_sums: float = 0.8) -> None:
-        """Every stage reaches 0.8 on its own skill; the two arguments are accuracies on `sums`."""
-        matrix = {model: {skill: {"loss": 1.0, "accuracy": 0.1} for skill in STAGES} for model in ["base", *STAGES]}
-        for name in STAGES:
-            matrix[name][name]["accuracy"] = 0.8
-        matrix["names"]["sums"]["accuracy"] = names_on_sums
-        matrix["merged"] = {skill: {"loss": 1.0, "accuracy": 0.8} for skill in STAGES}
-        matrix["merged"]["sums"]["accuracy"] = merged
-        kept = {}
-        for name in STAGES:
-            share = (matrix["merged"][name]["accuracy"] - 0.1) / 0.7
-            kept[name] = {"dataset": name, "measure": "accuracy", "gain": 0.7, "retention": share}
-        Path("reports/evaluation.json").write_text(json.dumps({"matrix": matrix, "retention": kept}), encoding="utf-8")
+    def evaluation(
+        self,
+        merged: float = 0.8,
+        names_on_sums: float = 0.8,
+        reached: dict[tuple[str, str], float] | None = None,
+        questions: int = 100,
+        scorer: str = "exact",
+    ) -> None:
+        """Every stage reaches 0.8 on its own skill, and 0.1 on the others.
+
+        Args:
+            merged: accuracy of the merged model on `sums`.
+            names_on_sums: accuracy of the stage `names` there.
+            reached: other accuracies, by model and skill; a model answers the first questions rightly.
+            questions: of each skill.
+            scorer: what scores them.
+        """
+        shares = {(name, name): 0.8 for name in STAGES} | {("merged", skill): 0.8 for skill in STAGES}
+        shares |= {("merged", "sums"): merged, ("names", "sums"): names_on_sums, **(reached or {})}
+        rows = [
+            {"dataset": skill, "record": number, "model": model, "scorer": scorer, "loss": 1.0, "weight": 1.0}
+            | {"score": float(number <= round(shares.get((model, skill), 0.1) * questions))}
+            for skill in STAGES
+            for number in range(1, questions + 1)
+            for model in ("base", *STAGES, "merged")
+        ]
+        content = evaluate.evaluation(pd.DataFrame(rows), load_params())
+        write_json(Path("reports/evaluation.json"), rounded(content))
 
 
 @pytest.fixture

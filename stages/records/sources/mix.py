@@ -1,11 +1,12 @@
 """Several datasets as one (`source: mix`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, field_validator
 
 from stages.records.record import Record
+from stages.records.scorers import Choice
 from stages.records.source import Single, Source
 from stages.records.splits import Sieve, Splits
 from stages.settings.section import Name, mistake
@@ -56,3 +57,12 @@ class Mix(Source):
 
         found = {part: splits.found[part] for part, splits in parts.items()}
         return Splits({split: joined(split) for split in ("eval", "tune", "train")}, found)
+
+    def scorers(self, name: str, records: Iterable[Record], where: str) -> dict[str, Choice]:
+        """Each part's own."""
+        asked = list(records)
+        chosen: dict[str, Choice] = {}
+        for part, each in self.parts.items():
+            own = [record for record in asked if record["part"] == part]
+            chosen |= each.scorers(part, own, f"{where}.parts.{part}")
+        return chosen

@@ -29,8 +29,8 @@ class ReasoningGym(Single):
     """Name of the task, such as `chain_sum`; `reasoning_gym.factory.DATASETS` lists them."""
     config: dict[str, Any] = {}
     """The task's own settings."""
-    train: int = Field(gt=0)
-    """Records to train on."""
+    train: int = Field(ge=0)
+    """Records to train on; 0 for a guard, which no stage learns."""
 
     def rows(self, seed: str, where: str) -> Rows:
         """Up to four times as many as are wanted, for some questions come up twice.

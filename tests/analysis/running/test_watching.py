@@ -23,7 +23,7 @@ from analysis.running.watching import (
 )
 from stages import pick
 from stages.files import BASE
-from stages.models.scoring import mean_loss
+from stages.models.losses import mean_loss
 from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_stage, make_tokenizer

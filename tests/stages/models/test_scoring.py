@@ -7,6 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from stages.files import BASE, read_json, write_json
 from stages.models import scoring
 from stages.models.loading import load_model, load_tokenizer
+from stages.models.losses import mean_loss
 from stages.records.tokens import encode, encode_question
 from stages.settings.evaluate import Evaluate
 from stages.weights.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ def test_loss_is_per_token_whatever_the_batch():
         loss = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels])).loss
         total, count = total + float(loss) * sum(example.weights), count + sum(example.weights)
     for batch_size in (1, 3, 8):
-        found = scoring.mean_loss(model, tokenizer, RECORDS, batch_size)
+        found = mean_loss(model, tokenizer, RECORDS, batch_size)
         assert found == pytest.approx(total / count, rel=1e-5)
 
 
@@ -37,7 +38,7 @@ def test_a_model_without_a_limit_of_positions_reads_all():
     model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)).eval()
     record = {"text": "abcdefgh" * 20}
     ids = torch.tensor([encode(record, make_tokenizer(), None)[0].ids])
-    found = scoring.mean_loss(model, make_tokenizer(), [record], 1)
+    found = mean_loss(model, make_tokenizer(), [record], 1)
     assert ids.shape == (1, 161) and found == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
 
 
@@ -139,15 +140,17 @@ def test_questions_that_are_longer_than_the_model_have_no_answer():
     ]
 
 
-@pytest.mark.parametrize(
-    ("record", "text", "right"),
-    [
-        ({"prompt": "a", "completion": "12"}, "12", True),
-        ({"prompt": "a", "completion": "12"}, "12.", False),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}, "r", True),
-        ({"prompt": "a", "completion": "12", "task": "chain_sum", "entry": {"answer": "12"}}, "13", False),
-        ({"prompt": "a", "completion": "12", "task": "time_intervals", "entry": {}}, "not a time", False),
-    ],
-)
-def test_what_counts_as_right(record, text, right):
-    assert scoring.is_right(record, text) == right
+def test_every_record_has_its_loss_and_what_is_asked_its_answer():
+    model, tokenizer = make_model()
+    records = [{"text": "abc"}, *RECORDS[:2], {"prompt": "a", "completion": "b" * 5, "weight": 0.5}]
+    rows = scoring.score(model, tokenizer, records, ["loss", "exact", "loss", "chrf"], Evaluate(batch_size=3))
+    assert ["answer" in row for row in rows] == [False, True, False, True]
+    assert [row.get("scorer") for row in rows] == [None, "exact", None, "chrf"]
+    assert [row["reference"] for row in rows] == [None, "yz", "yzyzyzyz", "bbbbb"]
+    assert [row["question"] for row in rows] == ["abc", "x", "xxxx", "a"]
+    assert [row["weight"] for row in rows] == [3, 3, 9, 3]  # nothing predicts the first
+    for record, row in zip(records, rows, strict=True):
+        alone = mean_loss(model, tokenizer, [record], 1)
+        assert row["loss"] / row["weight"] == pytest.approx(alone, rel=1e-5)
+    (alone,) = scoring.generate(model, tokenizer, [records[3]], Evaluate())
+    assert rows[3]["answer"][: len(alone)] == alone or alone.startswith(rows[3]["answer"])

@@ -11,9 +11,9 @@ from reasoning_gym.factory import DATASETS
 
 from stages import data
 from stages.errors import MistakeError
-from stages.models.scoring import is_right
 from stages.records.lines import load_split
 from stages.records.record import answer, mark_tuples, restore_tuples
+from stages.records.scorers import score_answers
 from stages.records.sources.reasoning_gym import ReasoningGym
 from tests.conftest import PARAMS
 
@@ -30,6 +30,10 @@ def records_of(task, size=1):
 
 def written_and_read(record):
     return json.loads(json.dumps(record, ensure_ascii=False, default=str))
+
+
+def is_right(record, text):
+    return score_answers(["task"], [text], [record]) == [1.0]
 
 
 @pytest.mark.slow
