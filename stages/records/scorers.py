@@ -160,10 +160,11 @@ def scorers_of(dataset: str, chosen: dict[str, Choice], records: Iterable[Record
         MistakeError: the file of a function of the user's own has changed since the dataset was made.
     """
     for each in chosen.values():
-        if "sha256" in each and each["sha256"] != sha256([_file(each["scorer"])]):
+        file = _file(each["scorer"])
+        if "sha256" in each and not (file.is_file() and each["sha256"] == sha256([file])):
             raise MistakeError(
-                f"{_file(each['scorer'])} has changed since dataset {dataset} was made; run"
-                f" dvc repro --force data@{dataset}, then dvc repro"
+                f"{file} has changed since dataset {dataset} was made; run dvc repro --force data@{dataset}, then"
+                " dvc repro"
             )
     if len(chosen) == 1:
         (only,) = chosen.values()

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages import evaluate, score
+from stages import data, evaluate, pick, score
 from stages.comparing import Scores
+from stages.errors import MistakeError
 from stages.files import ANSWERS, PICKED, read_json, write_json, write_table
 from stages.project.params import load_params
 from stages.records.lines import load_split
@@ -133,3 +134,20 @@ def test_every_answer_is_kept(project):
     assert text["question"] == "Привет" and pd.isna([text["answer"], text["score"], text["scorer"]]).all()
     assert (table["loss"] > 0).all() and (table["weight"] > 0).all()
     assert load_params().evaluate.max_new_tokens == 4
+
+
+def test_a_function_of_ones_own_scores_from_the_data_to_the_answers(project):
+    make_base("llama-untied")
+    Path("params.yaml").write_text(PARAMS.replace("    train: 40", "    score: mine:half\n    train: 40", 1))
+    Path("mine.py").write_text("def half(answer, reference, record):\n    return 0.5\n")
+    for name in ("sums", "words"):
+        data.main(name)
+    pick.main("data")
+    assert read_json(PICKED / "scorers.json")["words"] == {"words": {"scorer": "exact"}}
+    score.main("base")
+    table = pd.read_parquet("reports/answers/base.parquet")
+    assert set(table.loc[table["dataset"] == "sums", "score"]) == {0.5}
+    assert set(table.loc[table["dataset"] == "words", "scorer"]) == {"exact"}
+    Path("mine.py").write_text("def half(answer, reference, record):\n    return 0.6\n")
+    with pytest.raises(MistakeError, match=r"mine.py has changed since dataset sums was made"):
+        score.main("base")

@@ -10,6 +10,7 @@ from stages import base, data, train
 from stages.errors import MistakeError
 from stages.files import DATA
 from stages.merging.merged import Merged
+from stages.models.losses import mean_loss
 from stages.project.params import load_params
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
@@ -97,6 +98,26 @@ def test_retention_is_1_for_a_stages_own_weights_and_0_for_the_bases(searched):
     assert kept(1.0, 0.0)["sums"] == pytest.approx(1, abs=1e-3)
     assert kept(0.0, 0.0) == pytest.approx({"sums": 0, "words": 0}, abs=1e-3)
     assert kept(0.5, 0.5)["sums"] != pytest.approx(1, abs=1e-2)
+
+
+def test_it_can_compare_what_the_answers_score(searched, monkeypatch):
+    text = Path("params.yaml").read_text().replace("eval: 10\n", "eval: 10\n    score: chrf\n")
+    Path("params.yaml").write_text(text.replace("search: {", "search: {measure: score, "))
+    for name in ("sums", "words"):
+        data.main(name)
+
+    def score(model, tokenizer, records, scorers, bounds):
+        """Models as small as these have no answer right."""
+        assert scorers == ["chrf"] * 6
+        return [{"score": 1 / (1 + mean_loss(model, tokenizer, [record], 1))} for record in records]
+
+    monkeypatch.setattr(search, "score", score)
+    assert search.Trials(load_params()).retention(load_params().merge)["words"] == pytest.approx(1, abs=1e-3)
+    monkeypatch.setattr(search, "score", lambda *_: [{"loss": 1.0}])
+    with pytest.raises(
+        MistakeError, match="measure is score, but dataset sums has no answer that is scored; write loss"
+    ):
+        search.Trials(load_params())
 
 
 def test_the_eval_split_is_never_read_and_the_result_can_be_pasted(searched):

@@ -183,11 +183,12 @@ def test_a_function_of_ones_own_sees_the_record():
     assert chosen["sha256"] == sha256([Path("mine.py")])
     assert score_answers(["mine:half"] * 2, ["b", "b"], asked) == [1.0, 0.5]
     assert scorers_of("d", {"d": chosen}, asked) == ["mine:half"] * 2
-    Path("mine.py").write_text(MINE + "\n")
-    with pytest.raises(
-        MistakeError, match=r"mine.py has changed since dataset d was made; run dvc repro --force data@d"
-    ):
-        scorers_of("d", {"d": chosen}, asked)
+    for edit in (lambda: Path("mine.py").write_text(MINE + "\n"), Path("mine.py").unlink):
+        edit()
+        with pytest.raises(
+            MistakeError, match=r"mine.py has changed since dataset d was made; run dvc repro --force data"
+        ):
+            scorers_of("d", {"d": chosen}, asked)
 
 
 @pytest.mark.parametrize(
