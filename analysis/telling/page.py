@@ -54,6 +54,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "pictures": pictures,
         "skills": _skill_rows(facts),
         "scorers": _scorer_rows(facts),
+        "plain": ", ".join(_asked_plainly(facts.settings.datasets)),
         "margin": MARGIN,
         "loss_rise": LOSS_RISE,
         "directions": _direction_rows(facts),
@@ -103,6 +104,17 @@ def _scorer_rows(facts: Facts) -> list[dict[str, Any]]:
         {"dataset": name if part == name else f"{name}, {part}", **chosen}
         for name, parts in facts.scorers.items()
         for part, chosen in parts.items()
+    ]
+
+
+def _asked_plainly(datasets: dict[str, Any]) -> list[str]:
+    """Datasets, and parts of a mix, whose prompts are not put into the chat template."""
+    parts = {name: getattr(each, "parts", {name: each}) for name, each in datasets.items()}
+    return [
+        name if part == name else f"{name}, {part}"
+        for name, each in parts.items()
+        for part, settings in each.items()
+        if settings.format == "plain"
     ]
 
 

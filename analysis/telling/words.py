@@ -32,7 +32,7 @@ class Sentence(NamedTuple):
 
 def headline(facts: Facts) -> list[Sentence]:
     """At most five sentences of fact, for a reader who knows no mathematics; what is wrong goes before what is well."""
-    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts), *_guards(facts)])
+    skills = _cite(1, [_learned(facts), *_later(facts), *_merge(facts), *guards(facts.guarded)])
     touched, rounded_away = _touched(facts), _rounded_away(facts)
     wrong = [
         *_cite(5, touched),
@@ -78,8 +78,9 @@ def _merge(facts: Facts) -> list[str]:
     )
 
 
-def _guards(facts: Facts) -> list[str]:
-    told = {change: f"{_went(change)} ({change.model})" for change in facts.guarded}
+def guards(changed: list[Change]) -> list[str]:
+    """What the merged model has lost of the datasets that no stage learns; the matrix shows which stage did it."""
+    told = {change: _went(change) for change in changed if change.model == "merged"}
     return _verdict(
         told,
         "The training harmed what no stage learns",

@@ -26,7 +26,7 @@ from analysis.telling.figures import (
     whose_change,
 )
 from analysis.telling.page import contents, render
-from analysis.telling.skills import changes, judge
+from analysis.telling.skills import changes, guarded, judge
 from analysis.telling.text import NOTHING, in_layers, number, percent, whole_percent
 from stages import evaluate
 from stages.comparing import Scores
@@ -463,3 +463,35 @@ def test_a_stage_that_the_file_holds_little_of_is_told(project):
     text = Path("params.yaml").read_text().replace("method: task_arithmetic", "method: linear\n  participants: all")
     Path("params.yaml").write_text(text)
     assert "33 % of sums, 33 % of names, 33 % of prose" in sentences(project)
+
+
+def test_how_to_ask_is_told_where_it_is_not_as_one_asks_a_chat_model(project):
+    project.merge()
+    project.evaluation()
+    page = render("report.html", contents(project.facts(), PICTURES))
+    assert "In plain text, and not in the base's chat format" not in page
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("path: words.jsonl,", "path: words.jsonl, format: plain,"))
+    page = render("report.html", contents(project.facts(), PICTURES))
+    assert "In plain text, and not in the base's chat format, are asked: words." in page
+
+
+def test_what_the_training_did_to_a_guard_is_told(project):
+    project.merge()
+    project.evaluation()
+    facts = project.facts()
+    before = {"model": "merged", "against": "base", "dataset": "general", "measure": "loss", "before": 2.0, "p": None}
+    harmed = before | {"after": 2.6, "difference": 0.6, "interval": [0.5, 0.7], "clear": True, "needed": 5}
+    for found, sentence in [
+        (harmed, "The training harmed what no stage learns: general from a loss of 2.00 to 2.60."),
+        (
+            harmed | {"after": 2.01, "interval": [0.0, 0.02]},
+            "The training left alone what no stage learns: general from",
+        ),
+        (harmed | {"interval": [-0.5, 1.7], "clear": False}, "Unclear of what no stage learns: general from a loss of"),
+    ]:
+        evaluation = facts.evaluation | {"comparisons": [*facts.evaluation["comparisons"], found]}
+        evaluation["questions"] = evaluation["questions"] | {"general": 50}
+        told = guarded(evaluation, ["general"])
+        (text,) = words.guards(told)
+        assert text.startswith(sentence)
