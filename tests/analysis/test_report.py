@@ -356,12 +356,28 @@ def test_a_narrow_overlap_is_compared_with_chance(project):
     project.merge()
     project.evaluation()
     facts = project.facts()
-    pair = {"layer": 1, "module": "m", "first": "sums", "second": "names", "writes": 0, "writes_by_chance": 0}
-    for reads, chance, is_told in ((0.8, 0.5, False), (0.8, 0.0, True), (0.9, 0.5, True)):
-        pairs = pd.DataFrame([pair | {"reads": reads, "reads_by_chance": chance}])
+    pair = {"layer": 1, "module": "m", "first": "sums", "second": "names"}
+    for reads, chance, spread, is_told in (
+        (0.8, 0.5, 0.01, False),
+        (0.8, 0.0, 0.01, True),
+        (0.9, 0.5, 0.01, True),
+        (0.9, 0.5, 0.15, False),  # 2.7 standard deviations
+    ):
+        pairs = pd.DataFrame([pair | {"reads": reads, "reads_by_chance": chance, "reads_spread": spread}])
         measured = dataclasses.replace(facts.measured, pairs=pairs)
         found = words.headline(dataclasses.replace(facts, measured=measured))
         assert any("start from one seed" in sentence.text for sentence in found) == is_told
+
+
+def test_stages_that_had_two_seeds_are_not_said_to_start_from_one(project):
+    project.stages |= {"sums": ("base", "lora", "0-1"), "names": ("base", "lora", "0-1")}
+    project.params()
+    for name, seed in (("sums", 1), ("names", 2)):
+        torch.manual_seed(0)
+        project.train(name)
+        file = Path("checkpoints") / name / "stage.json"
+        write_json(file, json.loads(file.read_text()) | {"seed": seed})
+    assert "one seed" not in sentences(project)
 
 
 def test_a_conflict_that_chance_explains_is_not_told(project):
