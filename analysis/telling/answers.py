@@ -103,7 +103,7 @@ def by_kind(questions: list[Question]) -> dict[str, list[Question]]:
 def counts(questions: list[Question]) -> str:
     """How many there are of each kind, such as `100 questions; from base to merged 65 better, 35 unchanged`."""
     models = [answer.model for answer in questions[0].answers]
-    names = {"lost": f"less than {' or '.join(models[1:-1])} knew"}
+    names = {"lost": f"lost after {', '.join(models[1:-1])}"}
     told = [f"{len(each)} {names.get(kind, kind)}" for kind, each in by_kind(questions).items()]
     plural = "s" if len(questions) > 1 else ""
     return f"{len(questions):,} question{plural}; from {models[0]} to {models[-1]} {', '.join(told)}"
