@@ -222,9 +222,10 @@ def _together(compared: Compared) -> Iterator[str]:
     pairs = len(names) * (len(names) - 1) // 2
     for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
         first, second, angle = names[i], names[j], angles[i, j]
-        if max(compared.whole.loc[[first, second], "floor_share"]) > ROUNDED:
-            continue  # two files of one dtype round the first in the same way
-        if abs(angle) > max(ALIKE, significant(pairs) * cosine_by_chance(compared.rows, first, second)):
+        # Two files of one dtype round the first in the same way, and have that in common whatever they changed.
+        rounded = compared.whole.loc[[first, second], "floor_share"].max() > ROUNDED
+        is_alike = abs(angle) > ALIKE and not rounded
+        if is_alike and abs(angle) > significant(pairs) * cosine_by_chance(compared.rows, first, second):
             way = "the same way" if angle > 0 else "against each other"
             yield f"{first} and {second} moved {way} (cosine {angle:+.2f})."
 

@@ -146,7 +146,7 @@ def _rounded_away(facts: Facts) -> list[str]:
     lost = shares[shares > facts.settings.warn.lost]
     if not facts.has_file or not len(lost):
         return []
-    stages = ", ".join(f"{name} ({percent(share)} of it)" for name, share in lost.items())
+    stages = ", ".join(f"{name} ({whole_percent(share)} of it)" for name, share in lost.items())
     dtype = facts.settings.merge.dtype
     advice = "" if dtype == "float32" else "; store the file as float32"
     return [f"Rounding to {dtype} takes away what a stage changed: {stages}{advice}."]
@@ -162,8 +162,9 @@ def _rounding(facts: Facts) -> list[str]:
         return []
     if not merged.floor_share:
         return [f"Storing the merged model as {dtype} loses nothing of the change."]
+    lost = whole_percent(merged.lost_to_rounding)
     return [
-        f"Storing the merged model as {dtype} rounds its weights: {percent(merged.lost_to_rounding)} of the change is"
+        f"Storing the merged model as {dtype} rounds its weights: {lost} of the change is"
         f" lost, the rounding error is {percent(merged.floor_share)} of its size, and {percent(merged.rounded_away)} of"
         " the numbers that the merge moves are stored as if it had not."
     ]
@@ -307,7 +308,7 @@ def _rounding_card(facts: Facts) -> list[dict[str, Any]]:
     if not facts.has_file or not math.isfinite(share):
         return []
     text = "of the merged change is lost to rounding in the file"
-    return _card(percent(share), text, share > facts.settings.warn.rounding)
+    return _card(whole_percent(share), text, share > facts.settings.warn.rounding)
 
 
 def _overlap_card(facts: Facts) -> list[dict[str, Any]]:
