@@ -166,7 +166,7 @@ class StoredChange(TensorChange):
 
     @cached_property
     def asked(self) -> torch.Tensor:
-        """Nothing, for it is not known."""
+        """Nothing that is known."""
         return torch.zeros_like(self.exact)
 
 

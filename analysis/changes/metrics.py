@@ -55,8 +55,13 @@ class Metric:
     is_share: bool = True
 
 
+def _inner(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Σxy, summed in float64, for float32 loses digits over millions of entries."""
+    return float(first.double().flatten() @ second.double().flatten())
+
+
 def _squares(values: torch.Tensor) -> float:
-    """Σx², summed in float64, for float32 loses digits over millions of entries."""
+    """Σx² in the same way."""
     wide = values.double().flatten()
     return float(wide @ wide)  # 20 times as fast as squares, which are written to memory first
 
@@ -78,7 +83,7 @@ UNCHANGED = Part("unchanged", lambda change: int(change.is_stored_as_before.coun
 MOVED = Part("moved", lambda change: int(change.is_moved.count_nonzero()))
 LOST = Part("lost", lambda change: int((change.is_moved & change.is_stored_as_before).count_nonzero()))
 ASKED = Part("asked_squared", lambda change: _squares(change.asked))
-TAKEN = Part("asked_lost", lambda change: float(((change.asked - change.stored).double() * change.asked).sum()))
+TAKEN = Part("asked_lost", lambda change: _inner(change.asked - change.stored, change.asked))
 LARGEST = Part("max_abs", lambda change: float(change.delta.abs().max()), over="max")
 
 METRICS = [

@@ -57,7 +57,7 @@ class TensorChange:
     @cached_property
     def is_moved(self) -> torch.Tensor:
         """Which entries the change moves, by more than the last digits of float32 that computing a merge may alter."""
-        return (self.exact - self.weight).abs() > NOISE * self.weight.abs()
+        return self.asked.abs() > NOISE * self.weight.abs()
 
     @cached_property
     def is_stored_as_before(self) -> torch.Tensor:
