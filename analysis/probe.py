@@ -150,6 +150,8 @@ def probe_base(base: Checkpoint, texts: list[torch.Tensor], activations: list[Ac
 def floor(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activations]) -> dict[str, Any]:
     """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
 
+    Of attention it is that of the head that moves most.
+
     Args:
         base: is run once more, in the other dtype.
         texts: token ids.
@@ -159,7 +161,8 @@ def floor(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activat
     pairs = list(zip(activations, watch(other, texts, LENS_FROM["off"]), strict=True))
     lens = torch.stack([lens_divergence(*pair) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
-    return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1])}
+    attention = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
+    return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1]), "attention": float(attention.max())}
 
 
 def ablate(stage: VirtualCheckpoint, layers: list[int], bounds: Evaluate) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "whether params.yaml is right, and what it means on this machine",
     "show": "training examples token by token, with their weights",
     "view": "the report: its headline here, its page in the browser",
+    "answers": "what the models answer to the questions of a skill, side by side",
     "compare": "what sets any models apart, layer by layer",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",

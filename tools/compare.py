@@ -20,7 +20,7 @@ import torch
 
 import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 from analysis.changes.measured import COLUMNS
-from analysis.changes.tables import cosine_by_chance, cosines, summarise
+from analysis.changes.tables import cosine_by_chance, cosines, significant, summarise
 from analysis.changes.tally import Tally, Where
 from analysis.changes.tensors import TensorChange, has_unit_gain
 from analysis.telling.figures import cosine_maps, heat_maps
@@ -164,6 +164,11 @@ class StoredChange(TensorChange):
         """
         return spacing(self.file) / 12**0.5
 
+    @cached_property
+    def asked(self) -> torch.Tensor:
+        """Nothing that is known."""
+        return torch.zeros_like(self.exact)
+
 
 def _change(first: Checkpoint, model: Model, path: str, parameter: str) -> TensorChange | None:
     """What sets a model's tensor apart from the first's; None where one of the two lacks it, or the shapes differ."""
@@ -213,10 +218,14 @@ def _differs(compared: Compared, first: str, name: str) -> str:
 
 
 def _together(compared: Compared) -> Iterator[str]:
-    angles = cosines(compared.gram)
-    for i, j in zip(*np.triu_indices(len(compared.names), 1), strict=True):
-        first, second, angle = compared.names[i], compared.names[j], angles[i, j]
-        if abs(angle) > ALIKE and abs(angle) > 2 * cosine_by_chance(compared.rows, first, second):
+    angles, names = cosines(compared.gram), compared.names
+    pairs = len(names) * (len(names) - 1) // 2
+    for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
+        first, second, angle = names[i], names[j], angles[i, j]
+        # Two files of one dtype round the first in the same way, and have that in common whatever they changed.
+        rounded = compared.whole.loc[[first, second], "floor_share"].max() > ROUNDED
+        is_alike = abs(angle) > ALIKE and not rounded
+        if is_alike and abs(angle) > significant(pairs) * cosine_by_chance(compared.rows, first, second):
             way = "the same way" if angle > 0 else "against each other"
             yield f"{first} and {second} moved {way} (cosine {angle:+.2f})."
 

@@ -2,9 +2,8 @@
 
 import math
 import os
-import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
@@ -19,6 +18,7 @@ from stages.records.rows import report_of
 from stages.records.source import Source
 from stages.records.sources.mix import Mix
 from stages.records.tokens import Example, encode
+from tools.terminal import positive, visible
 
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # ANSI colours of weights, from small to large
 COUNTED = {
@@ -32,7 +32,7 @@ COUNTED = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Which dataset, and how many examples."""
     parser.add_argument("name", help="a dataset or selection of params.yaml")
-    parser.add_argument("count", nargs="?", type=_positive, default=3, help="how many examples; 3 by default")
+    parser.add_argument("count", nargs="?", type=positive, default=3, help="how many examples; 3 by default")
 
 
 def main(name: str, count: int) -> None:
@@ -81,7 +81,8 @@ def draw(texts: list[str], weights: list[float], scale: float | None) -> str:
             drawn += "" if scale else f"⟨{weight:g}⟩"
         elif not drawn.endswith("\n"):
             drawn += "·"
-        drawn += paint(_visible(text), weight, scale) if scale else _visible(text)
+        shown = visible(text.replace("\n", "↵"))
+        drawn += paint(shown, weight, scale) if scale else shown
         if "\n" in text:
             drawn += "\n"
         before = weight
@@ -130,14 +131,3 @@ def told(dataset: Source, report: dict[str, Any]) -> Iterator[str]:
 def _counted(example: Example) -> list[float]:
     """Weights as they count: nothing predicts the first token."""
     return [0.0, *example.weights[1:]]
-
-
-def _visible(text: str) -> str:
-    """Text without characters that a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text.replace("\n", "↵"))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no number from 1")
-    return int(text)

@@ -16,7 +16,7 @@ import torch
 from analysis.changes.heads import measure_heads
 from analysis.changes.measured import COLUMNS, CONFLICT, INTERFERENCE, MERGED, PAIRS, SPECTRUM, Measured
 from analysis.changes.spectra import spectrum
-from analysis.changes.subspaces import BaseDirections, Directions, interference, overlap, strongest
+from analysis.changes.subspaces import BaseDirections, Directions, interference, overlap, overlap_spread, strongest
 from analysis.changes.tally import Tally, Where
 from analysis.changes.tensors import TensorChange, chunks, distance, has_unit_gain
 from stages.merging.merged import Merged
@@ -154,8 +154,10 @@ class _Measuring:
     def _relate(self, tensor: _Tensor, merged: list[str], directions: dict[str, Directions]) -> None:
         """Overlaps of every two stages, and the conflict of those that meet in the merge."""
         for (first, one), (second, other) in itertools.combinations(directions.items(), 2):
-            overlaps = *overlap(one.right, other.right), *overlap(one.left, other.left)
-            self.pairs.append((tensor.where.layer, tensor.where.module, first, second, *overlaps))
+            row = [tensor.where.layer, tensor.where.module, first, second]
+            for side, beside in ((one.right, other.right), (one.left, other.left)):
+                row += [*overlap(side, beside), overlap_spread(side, beside)]
+            self.pairs.append(tuple(row))
         if len(merged) > 1:
             conflict = sign_conflict([tensor.deltas[stage] for stage in merged])
             if directions:

@@ -21,7 +21,8 @@ COLUMNS = [*KEYS, *(part.name for part in PARTS)]
 SPECTRUM = ["spectral_norm", "stable_rank", "effective_rank", "directions", "intruders"]
 CONFLICT = ["entries", "disagreeing", "size", "summed", "summed_by_chance"]
 INTERFERENCE = ["interference", "interference_by_chance"]
-PAIRS = ["layer", "module", "first", "second", "reads", "reads_by_chance", "writes", "writes_by_chance"]
+PAIRS = ["layer", "module", "first", "second"]
+PAIRS += ["reads", "reads_by_chance", "reads_spread", "writes", "writes_by_chance", "writes_spread"]
 TABLES = ["rows", "conflicts", "pairs", "heads"]
 
 Matrix = np.ndarray
@@ -40,7 +41,7 @@ class Measured:
         conflicts: one row per tensor that several merged stages change: layer, stages (their names), what
             `sign_conflict` returns, and of matrices what `interference` does.
         pairs: one row per matrix and two stages that change it: layer, module, their names, and how far the subspaces
-            that they read and write overlap, beside chance.
+            that they read and write overlap, beside the mean and the standard deviation of random ones.
         heads: of attention, from `measure_heads`.
         grams: by layer, inner products of all pairs of `names`, float64 [names, names].
         modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.

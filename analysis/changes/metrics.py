@@ -55,8 +55,13 @@ class Metric:
     is_share: bool = True
 
 
+def _inner(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Σxy, summed in float64, for float32 loses digits over millions of entries."""
+    return float(first.double().flatten() @ second.double().flatten())
+
+
 def _squares(values: torch.Tensor) -> float:
-    """Σx², summed in float64, for float32 loses digits over millions of entries."""
+    """Σx² in the same way."""
     wide = values.double().flatten()
     return float(wide @ wide)  # 20 times as fast as squares, which are written to memory first
 
@@ -77,6 +82,8 @@ ERROR = Part("error_squared", lambda change: _squares(change.error))
 UNCHANGED = Part("unchanged", lambda change: int(change.is_stored_as_before.count_nonzero()))
 MOVED = Part("moved", lambda change: int(change.is_moved.count_nonzero()))
 LOST = Part("lost", lambda change: int((change.is_moved & change.is_stored_as_before).count_nonzero()))
+ASKED = Part("asked_squared", lambda change: _squares(change.asked))
+TAKEN = Part("asked_lost", lambda change: _inner(change.asked - change.stored, change.asked))
 LARGEST = Part("max_abs", lambda change: float(change.delta.abs().max()), over="max")
 
 METRICS = [
@@ -103,16 +110,26 @@ METRICS = [
         _ratio_of_norms,
     ),
     Metric(
+        "lost_to_rounding",
+        "lost to rounding",
+        "The part of the change asked for that the file does not hold, 1 − ⟨stored, asked⟩ / ‖asked‖². Of a merge,"
+        " asked is what its method makes of the stages before anything is rounded; stored is how far the file is from"
+        " the base rounded to the same dtype. Rounding that adds as much as it takes away loses nothing.",
+        (TAKEN, ASKED),
+        lambda taken, asked: _ratio(taken, asked).clip(lower=0),
+    ),
+    Metric(
         "unchanged",
         "entries unchanged",
-        "Share of the numbers whose bits the file's dtype leaves as they were.",
+        "Share of the numbers that the file holds as it would without the change, whether rounding left them so or what"
+        " was asked for did, as a method that trims does.",
         (UNCHANGED, ENTRIES),
         _ratio,
     ),
     Metric(
         "rounded_away",
         "rounded away",
-        "Share of the numbers that the change moves and that are stored as if it had not.",
+        "Share of the numbers that the change asked for moves and that are stored as if it had not.",
         (LOST, MOVED),
         _ratio,
     ),

@@ -69,6 +69,20 @@ def overlap(first: Tensor, second: Tensor) -> tuple[float, float]:
     return float((first.T @ second).square().sum()) / min(sizes), max(sizes) / len(first)
 
 
+def overlap_spread(first: Tensor, second: Tensor) -> float:
+    """Standard deviation of `overlap` for random subspaces of these sizes.
+
+    tr(PQ) of projections onto k and l of d dimensions, one of which is rotated at random, has the mean kl/d and the
+    variance 2kl(d−k)(d−l) / (d²(d−1)(d+2)): the part of P without a trace, of squared norm k(d−k)/d, is turned evenly
+    through the (d−1)(d+2)/2 dimensions of such symmetric matrices. For k = l = 1 that is cos², a Beta(½, (d−1)/2).
+    """
+    size, one, other = len(first), first.shape[1], second.shape[1]
+    if size == 1:
+        return 0.0
+    variance = 2 * one * other * (size - one) * (size - other) / (size**2 * (size - 1) * (size + 2))
+    return math.sqrt(variance) / min(one, other)
+
+
 def interference(stages: list[Directions]) -> tuple[float, float]:
     """Singular task interference ‖(UᵀU − I) Σ (VᵀV − I)‖₁ (arXiv 2412.00081), and that of unrelated stages.
 

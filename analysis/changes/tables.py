@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pandas as pd
 
 from analysis.changes.measured import KEYS, MERGED, SPECTRUM, Matrix, Measured
 from analysis.changes.metrics import METRICS, PARTS
 
+FALSE_ALARM = 1e-3  # how often chance alone may raise one, over all comparisons of a kind
 NO_STAGE = "(no stage)"  # whose change the rest is; no stage can be called so
 
 
@@ -127,3 +130,11 @@ def cosine_by_chance(rows: pd.DataFrame, first: str, second: str) -> float:
     both = one.merge(other, on=KEYS[1:], suffixes=("", "_other"))
     variance = (both["delta_squared"] * both["delta_squared_other"] / both["entries"]).sum()
     return float((variance / (one["delta_squared"].sum() * other["delta_squared"].sum())) ** 0.5)
+
+
+def significant(comparisons: int) -> float:
+    """Standard deviations from which a number is more than chance: one of so many is beyond it by chance in a thousand.
+
+    Of a normal number, and for all comparisons together (Bonferroni).
+    """
+    return NormalDist().inv_cdf(1 - FALSE_ALARM / comparisons)

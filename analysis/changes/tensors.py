@@ -12,6 +12,7 @@ import torch
 from analysis.changes.measured import Matrix
 from stages.models.architecture import Architecture
 
+NOISE = 4 * torch.finfo(torch.float32).eps  # of a number, which computing with it makes
 CHUNK = 1 << 18  # entries that are looked at together: few enough to stay in the processor's cache
 
 
@@ -44,9 +45,19 @@ class TensorChange:
         return self.file.float() - self.exact
 
     @cached_property
+    def asked(self) -> torch.Tensor:
+        """The change before it is rounded: of a merge, what its method leaves of the stages' changes."""
+        return self.exact - self.weight
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """What of it the file holds: how far it is from the old weights rounded to its dtype, float32."""
+        return self.file.float() - self.weight.to(self.file.dtype).float()
+
+    @cached_property
     def is_moved(self) -> torch.Tensor:
-        """Which entries the change moves."""
-        return self.exact != self.weight
+        """Which entries the change moves, by more than the last digits of float32 that computing a merge may alter."""
+        return self.asked.abs() > NOISE * self.weight.abs()
 
     @cached_property
     def is_stored_as_before(self) -> torch.Tensor:

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.changes.measured import MERGED, Measured
-from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, summarise, survival
+from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, significant, summarise, survival
+from analysis.telling.answers import ANSWERS
 from analysis.telling.skills import Cell, Change, changes, guarded
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
@@ -31,6 +32,7 @@ class Facts:
         curves: loss curve of every stage.
         spent: steps, tokens and the like, of reports/train, by stage.
         probe: what the running models do, from `gather_probe`.
+        answers: reports/answers.parquet: what every model says to every record of the evaluation splits.
         declared: layers that each stage may change, OUTSIDE for what lies in none, such as the embedding; an imported
             adapter declares none.
     """
@@ -43,6 +45,7 @@ class Facts:
     curves: dict[str, list[dict[str, Any]]]
     spent: dict[str, dict[str, Any]]
     probe: dict[str, Any]
+    answers: pd.DataFrame
     declared: dict[str, list[int]]
 
     @cached_property
@@ -101,10 +104,14 @@ class Facts:
 
     @cached_property
     def conflicts(self) -> dict[tuple[str, str], float]:
-        """Those of them that point in opposite directions, by more than `warn.cosine` and than chance explains."""
+        """Those of them that point in opposite directions, by more than `warn.cosine` and than chance explains.
+
+        The null is that of unrelated changes (`cosine_by_chance`), for all pairs together.
+        """
         rows, limit = self.measured.rows, self.settings.warn.cosine
         opposed = {pair: angle for pair, angle in self.cosines.items() if angle < limit}
-        return {pair: angle for pair, angle in opposed.items() if angle < -2 * cosine_by_chance(rows, *pair)}
+        beyond = significant(len(self.cosines)) if opposed else 0.0
+        return {pair: angle for pair, angle in opposed.items() if angle < -beyond * cosine_by_chance(rows, *pair)}
 
     @cached_property
     def has_file(self) -> bool:
@@ -131,6 +138,7 @@ def gather(params: Params) -> Facts:
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
         spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
         probe=gather_probe(params),
+        answers=pd.read_parquet(ANSWERS),
         declared={name: [*records[name]["layers"], *_outside(architecture, params, name)] for name in trained},
     )
 

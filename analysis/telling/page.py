@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.changes.measured import CONFLICT, INTERFERENCE, KEYS, STRONGEST, TESTED
+from analysis.changes.measured import CONFLICT, INTERFERENCE, KEYS, PAIRS, STRONGEST, TESTED
 from analysis.changes.metrics import METRICS
 from analysis.changes.tables import NO_STAGE, summarise
+from analysis.telling.answers import SAME, by_kind, counts, mark, side_by_side, speakers
 from analysis.telling.facts import Facts
 from analysis.telling.log import actions
 from analysis.telling.skills import LOSS_RISE, MARGIN
@@ -19,6 +20,8 @@ from analysis.telling.text import NOTHING, UNITS, in_layers, measured, number, p
 from analysis.telling.words import NORMS, cards, guesses, headline, label
 from stages.models.architecture import OUTSIDE
 
+SHOWN = 3  # questions of each kind, side by side
+LONG = 240  # characters of a text that are shown before it is unfolded
 WRITERS = r"\b(?:o_proj|down_proj|c_proj|out_proj|dense|fc2|wo|w2)$"  # matrices that write to the residual stream
 
 
@@ -36,7 +39,7 @@ def render(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters = [in_layers, measured, number, percent, score, scored, whole_percent]
+    filters = [in_layers, mark, measured, number, percent, score, scored, whole_percent]
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals["metrics"] = METRICS
     return environment.get_template(template).render(content)
@@ -57,6 +60,10 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "plain": ", ".join(_asked_plainly(facts.settings.datasets)),
         "margin": MARGIN,
         "loss_rise": LOSS_RISE,
+        "answers": _answer_rows(facts),
+        "same": SAME,
+        "shown": SHOWN,
+        "long": LONG,
         "directions": _direction_rows(facts),
         "wrote_inside": bool(len(facts.measured.inside)),
         "moved": _moved_rows(facts),
@@ -118,6 +125,16 @@ def _asked_plainly(datasets: dict[str, Any]) -> list[str]:
     ]
 
 
+def _answer_rows(facts: Facts) -> list[dict[str, Any]]:
+    """The first questions of each kind of every dataset whose answers have scores, and how many there are."""
+    rows = []
+    for dataset in facts.settings.datasets:
+        if questions := side_by_side(facts.answers, dataset, speakers(dataset, facts.settings.skills)):
+            kinds = [(kind, len(each), each[:SHOWN]) for kind, each in by_kind(questions).items()]
+            rows.append({"dataset": dataset, "counts": counts(questions), "kinds": kinds})
+    return rows
+
+
 def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
     """Over the weight matrices of each checkpoint: directions that the middle one uses, the strongest, and new ones."""
     rows: list[dict[str, Any]] = []
@@ -165,7 +182,7 @@ def _pair_rows(facts: Facts) -> list[dict[str, Any]]:
         {
             "stages": f"{first}, {second}",
             "layers": sorted(set(table["layer"]) - {OUTSIDE}),
-            **table[["reads", "reads_by_chance", "writes", "writes_by_chance"]].median(),
+            **table[PAIRS[4:]].median(),
         }
         for (first, second), table in facts.measured.pairs.groupby(["first", "second"], sort=False)
     ]
@@ -192,22 +209,26 @@ def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _behaviour_rows(probe: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the running models do beside the base: predictions, and where attention goes (means over heads)."""
+    """What the running models do beside the base: predictions, and where attention goes (means over heads).
+
+    Below what running the base in another dtype makes, no part of a change is told, and no head that moved.
+    """
     rows, base = [], probe["base"]["attention"]
     for name, checkpoint in probe["checkpoints"].items():
         attention, moved = checkpoint["attention"], np.array(checkpoint["attention"]["divergence"])
         layer, head = np.unravel_index(moved.argmax(), moved.shape)
+        changed = checkpoint["off"]["kl"]["mean"] > probe["floor"]["kl"]
         rows.append(
             {
                 "name": name,
                 "on": checkpoint["on"]["kl"]["mean"],
                 "off": checkpoint["off"]["kl"],
-                "early": checkpoint["early"]["share"],
+                "early": checkpoint["early"]["share"] if changed else None,
                 "sink_begins": attention["sets_in"],
                 "sink_began": base["sets_in"],
                 "sink": np.mean(attention["sink"]) - np.mean(base["sink"]),
                 "entropy": np.mean(attention["entropy"]) - np.mean(base["entropy"]),
-                "moved_most": f"layer {layer}, head {head}" if moved.max() > 0 else NOTHING,
+                "moved_most": f"layer {layer}, head {head}" if moved.max() > probe["floor"]["attention"] else NOTHING,
             }
         )
     return rows

@@ -7,10 +7,11 @@ to be lost. Where there is nothing to compare, there is no sentence.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from analysis.changes.measured import KEYS
-from analysis.changes.tables import summarise
+from analysis.changes.tables import cosine_by_chance, significant, summarise
 from analysis.telling.facts import Facts
 from analysis.telling.skills import KEPT, UNCLEAR, Change, unclear_gains
 from analysis.telling.text import in_layers, percent, ranges, score, scored, whole_percent
@@ -134,6 +135,7 @@ def _from_to(before: float, after: float, measure: str) -> str:
 
 
 def _touched(facts: Facts) -> list[str]:
+    """Checkpoints whose frozen check is not 0, which it is to the bit where nothing was touched."""
     bad = facts.frozen[facts.frozen["max_abs"] != 0]
     if not len(bad):
         return []
@@ -141,7 +143,7 @@ def _touched(facts: Facts) -> list[str]:
 
 
 def _conflicts(facts: Facts) -> list[str]:
-    """Pairs of stages whose changes point in opposite directions."""
+    """Pairs of stages whose changes point in opposite directions; the null of `Facts.conflicts` is chance."""
     pairs = [f"{one} and {other} (cosine {angle:+.2f})" for (one, other), angle in facts.conflicts.items()]
     if not pairs:
         return []
@@ -151,13 +153,19 @@ def _conflicts(facts: Facts) -> list[str]:
 def _same_start(facts: Facts) -> list[str]:
     """Pairs of stages that read the same directions, as those do whose random matrices came from one seed.
 
-    In a narrow model any two overlap: what counts is how far the overlap is from chance on the way to 1.
+    Stages of which it is known that they had two seeds did not, however alike their data made them: in a narrow model
+    that is much. Of others, such as two imports, the null is the overlap of random subspaces of these sizes: what
+    counts is how far it is from their mean on the way to 1, and that it is beyond their spread; that of one matrix, for
+    the matrices of a layer read the same and are no independent draws.
     """
-    table = facts.measured.pairs.groupby(["first", "second"], sort=False)[["reads", "reads_by_chance"]].median()
+    columns = ["reads", "reads_by_chance", "reads_spread"]
+    table = facts.measured.pairs.groupby(["first", "second"], sort=False)[columns].median()
+    share, beyond = facts.settings.warn.same_start, significant(max(1, len(table)))
     pairs = [
-        f"{first} and {second} (overlap {row.reads:.2f}, by chance {row.reads_by_chance:.2f})"
+        f"{first} and {second} (overlap {row.reads:.2f}, by chance {row.reads_by_chance:.2f} ± {row.reads_spread:.2f})"
         for (first, second), row in table.iterrows()
-        if row.reads - row.reads_by_chance > facts.settings.warn.same_start * (1 - row.reads_by_chance)
+        if not _had_two_seeds(facts, first, second)
+        and row.reads - row.reads_by_chance > max(share * (1 - row.reads_by_chance), beyond * row.reads_spread)
     ]
     if not pairs:
         return []
@@ -167,28 +175,42 @@ def _same_start(facts: Facts) -> list[str]:
     ]
 
 
+def _had_two_seeds(facts: Facts, first: str, second: str) -> bool:
+    one, other = (facts.records[name].get("seed") for name in (first, second))
+    return one is not None and other is not None and one != other
+
+
 def _rounded_away(facts: Facts) -> list[str]:
-    """Stages whose change rounding to the file's dtype takes away: the error is about the change itself, or larger."""
-    shares = facts.whole.loc[facts.merged_stages, "floor_share"]
+    """Stages whose change rounding to the file's dtype takes away, if it were added to the base alone.
+
+    The null is what rounding does to the base without the change, so that a base with more digits than the file, all of
+    whose numbers are rounded, is no loss of the change.
+    """
+    shares = facts.whole.loc[facts.merged_stages, "lost_to_rounding"]
     lost = shares[shares > facts.settings.warn.lost]
     if not facts.has_file or not len(lost):
         return []
-    stages = ", ".join(f"{name} (the error is {percent(share)} of it)" for name, share in lost.items())
+    stages = ", ".join(f"{name} ({whole_percent(share)} of it)" for name, share in lost.items())
     dtype = facts.settings.merge.dtype
     advice = "" if dtype == "float32" else "; store the file as float32"
     return [f"Rounding to {dtype} takes away what a stage changed: {stages}{advice}."]
 
 
 def _rounding(facts: Facts) -> list[str]:
+    """What rounding does to the merged change, beside that change as the method made it, before it was rounded.
+
+    What the method left of the stages' changes is the method's: it is no part of either.
+    """
     merged, dtype = facts.whole.loc["merged"], facts.settings.merge.dtype
     if not facts.has_file or not math.isfinite(merged.floor_share):
         return []
     if not merged.floor_share:
         return [f"Storing the merged model as {dtype} loses nothing of the change."]
+    lost = whole_percent(merged.lost_to_rounding)
     return [
-        f"Storing the merged model as {dtype} rounds its weights: the rounding error is {percent(merged.floor_share)}"
-        f" of the size of the whole change, and {percent(merged.rounded_away)} of the numbers that the merge moves are"
-        " stored as if it had not."
+        f"Storing the merged model as {dtype} rounds its weights: {lost} of the change is"
+        f" lost, the rounding error is {percent(merged.floor_share)} of its size, and {percent(merged.rounded_away)} of"
+        " the numbers that the merge moves are stored as if it had not."
     ]
 
 
@@ -198,9 +220,33 @@ def _survivals(facts: Facts) -> dict[str, float]:
     return {n: survivals[n] / w for n, w in weights.items() if isinstance(w, int | float) and w and n in survivals}
 
 
+def _asked(facts: Facts) -> dict[str, float]:
+    """What the method itself gives a stage, as a share of its weight, where that is one number for every entry.
+
+    Task arithmetic gives it all; `linear` averages over the stages that change a tensor, and a weakening beyond that is
+    made by those that do not (`participants: all`). Methods that trim, vote or turn decide entry by entry.
+    """
+    merge, rows = facts.settings.merge, facts.measured.rows
+    weights = {name: weight for name, weight in merge.weights.items() if isinstance(weight, int | float)}
+    plain = len(weights) == len(merge.weights) and not merge.parameters and isinstance(merge.depth_scaling, int | float)
+    if merge.method not in ("task_arithmetic", "linear") or not plain:
+        return {}
+    stages = rows[rows["stage"].isin(weights)]
+    stages = stages.assign(weight=stages["stage"].map(weights))
+    total = stages.groupby(KEYS[1:])["weight"].transform("sum") if merge.method == "linear" else 1.0
+    energy = stages["delta_squared"].groupby(stages["stage"]).sum()
+    given = (stages["delta_squared"] * merge.depth_scaling / total).groupby(stages["stage"]).sum()
+    return (given / energy).to_dict()
+
+
 def _missing(facts: Facts) -> list[str]:
-    limit = facts.settings.warn.kept
-    lost = [f"{whole_percent(share)} of {name}" for name, share in _survivals(facts).items() if share < limit]
+    """Stages of which the merge holds less than `warn.kept` of what its method would give them (`_asked`)."""
+    limit, asked = facts.settings.warn.kept, _asked(facts)
+    lost = [
+        f"{whole_percent(share)} of {name}"
+        for name, share in _survivals(facts).items()
+        if share < limit * asked.get(name, -math.inf)
+    ]
     if not lost:
         return []
     return [
@@ -232,10 +278,19 @@ def _first(facts: Facts, stage: str) -> int:
 
 
 def _norms(facts: Facts) -> list[str]:
-    """Normalisations whose gain moved by more than `warn.norm` of its size."""
+    """Normalisations whose gain moved by more than `warn.norm` of its size.
+
+    The null is how far, for their size, the stage moved its weight matrices: where these moved further, the norm is not
+    what stands out. A stage that was to train norms alone has nothing else to move.
+    """
     rows, limit = facts.measured.inside, facts.settings.warn.norm
-    norms = summarise(rows[rows["module"].str.contains(NORMS)], KEYS)
-    moved = norms[norms["relative_change"] > limit]
+    judged = [name for name in facts.changing if not _trains_norms_alone(facts, name)]
+    weights = rows[rows["stage"].isin(judged) & rows["parameter"].eq("weight")]
+    is_norm = weights["module"].str.contains(NORMS)
+    matrices = summarise(weights[~is_norm], ["stage"]).set_index("stage")["relative_change"]
+    norms = summarise(weights[is_norm], KEYS)
+    beside = matrices.reindex(norms["stage"]).fillna(0.0).clip(lower=limit).to_numpy()
+    moved = norms[norms["relative_change"] > beside]
     if not len(moved):
         return []
     count = len(moved.drop_duplicates(KEYS[1:]))
@@ -247,9 +302,19 @@ def _norms(facts: Facts) -> list[str]:
     ]
 
 
+def _trains_norms_alone(facts: Facts, name: str) -> bool:
+    stage = facts.settings.stages[name]
+    named = list(stage.layers) if isinstance(stage.layers, dict) else [stage.method]
+    return all(re.search(f"{NORMS}|^ln$", each) for each in named)
+
+
 def guesses(facts: Facts) -> list[str]:
-    """Explanations that fit the facts but were not measured; none where no skill was harmed."""
-    if not any(change.worse for change in facts.changed):
+    """Explanations that fit the facts but were not measured.
+
+    None where no skill was harmed by more than chance, or where one stage alone changed something: no other could have
+    shifted what it reads.
+    """
+    if not any(change.worse for change in facts.changed) or len(facts.changing) < 2:
         return []
     shared = [
         f"{first} and {second} (layers {ranges(common)})"
@@ -283,24 +348,28 @@ def _skills_card(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _rounding_card(facts: Facts) -> list[dict[str, Any]]:
-    share = facts.whole.loc["merged", "floor_share"]
+    """What of the merged change is lost, beside that change as the method made it: see `_rounding`."""
+    share = facts.whole.loc["merged", "lost_to_rounding"]
     if not facts.has_file or not math.isfinite(share):
         return []
-    text = "is the size of the rounding error in the file, against the change"
-    return _card(percent(share), text, share > facts.settings.warn.rounding)
+    text = "of the merged change is lost to rounding in the file"
+    return _card(whole_percent(share), text, share > facts.settings.warn.rounding)
 
 
 def _overlap_card(facts: Facts) -> list[dict[str, Any]]:
+    """The cosine furthest from 0, beside the standard deviation by chance; it warns of `Facts.conflicts` alone."""
     if not facts.cosines:
         return []
-    strongest = max(facts.cosines.values(), key=abs)
+    cosines = facts.conflicts or facts.cosines
+    pair = max(cosines, key=lambda each: abs(cosines[each]))
+    chance = cosine_by_chance(facts.measured.rows, *pair)
     meaning = "they undo each other" if facts.conflicts else "0 is unrelated, −1 undoes, +1 is the same"
-    if facts.conflicts:
-        strongest = min(facts.conflicts.values())
-    return _card(f"{strongest:+.2f}", f"strongest overlap of two stages; {meaning}", bool(facts.conflicts))
+    text = f"strongest overlap of two stages, by chance 0 ± {chance:.2f}; {meaning}"
+    return _card(f"{cosines[pair]:+.2f}", text, bool(facts.conflicts))
 
 
 def _frozen_card(facts: Facts) -> list[dict[str, Any]]:
+    """See `_touched`."""
     violations = int((facts.frozen["max_abs"] != 0).sum())
     text = "checkpoints changed what they declared untouched"
     return _card(str(violations), text, violations > 0) if len(facts.frozen) else []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis import measure, report
+from analysis.telling.answers import ANSWERS
 from analysis.telling.facts import Facts, gather
 from stages import evaluate, pick
 from stages.files import rounded, write_json
@@ -44,6 +46,7 @@ class Project:
         )
         for name in STAGES:
             self.train(name)
+        self.answers({})
 
     def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)) -> None:
         lines = ["seed: 0", "threads: 1", "base: {model: tiny}", "evaluate: {batch_size: 8}", "datasets:"]
@@ -118,8 +121,21 @@ class Project:
             ]
             write_json(Path("reports/probe") / f"{name}.json", found | {"ablation": rows if name in STAGES else []})
         base = {"attention": looks, "written": written}
-        floor = {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001}
+        floor = {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001, "attention": 0.01}
         write_json(Path("reports/probe/base.json"), {"layers": 4, "floor": floor, "base": base})
+
+    def answers(self, skills: dict[str, list[dict[str, Any]]]) -> None:
+        """What the models say: by skill, records of `question`, `reference` and, by model, an answer and its score."""
+        columns = ["dataset", "record", "model", "question", "reference", "answer", "score", "loss", "weight"]
+        rows = [
+            (skill, number, model, each["question"], each["reference"], *each[model], 1.0, 1.0)
+            for skill, records in skills.items()
+            for number, each in enumerate(records, start=1)
+            for model in each.keys() - {"question", "reference"}
+        ]
+        table = pd.DataFrame(rows, columns=columns).astype({"record": "int64", "score": "float64"})
+        Path("reports").mkdir(exist_ok=True)
+        table.to_parquet(ANSWERS, index=False)
 
     def facts(self) -> Facts:
         """What the report tells, measured now."""

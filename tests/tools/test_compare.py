@@ -99,6 +99,18 @@ def test_the_page_is_whole_repeats_itself_and_names_no_place(first, capsys):
     assert page.count("<svg") == 2 and not re.search(r'(src|href)="http', page)
 
 
+def test_files_that_round_one_model_alike_are_not_said_to_move_together(first):
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-3 * torch.rand_like(parameter))
+    model.save_pretrained("first")  # with more digits than the others
+    compared = compare.compare(*compare.open_models([first, *(changed(f"small{n}", n, size=1e-5) for n in (1, 2))]))
+    assert compared.gram[0, 1] > 0.9 * compared.gram[0, 0]
+    assert not any("moved the same way" in told for told in compare.headline(compared, "first"))
+
+
 def test_equal_models_and_tensors_that_one_lacks_are_told(first):
     shutil.copytree(first, "copy")
     model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)

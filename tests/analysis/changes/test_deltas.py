@@ -12,7 +12,15 @@ from analysis.changes import tensors
 from analysis.changes.deltas import measure, sign_conflict
 from analysis.changes.measured import COLUMNS, SPECTRUM
 from analysis.changes.metrics import METRICS, PARTS
-from analysis.changes.tables import NO_STAGE, cosine_by_chance, cosines, frozen_check, summarise, survival
+from analysis.changes.tables import (
+    NO_STAGE,
+    cosine_by_chance,
+    cosines,
+    frozen_check,
+    significant,
+    summarise,
+    survival,
+)
 from analysis.changes.tally import Tally, Where, parts
 from analysis.changes.tensors import TensorChange, inner_products
 from stages.files import BASE, MERGED, write_json
@@ -117,6 +125,37 @@ def test_what_a_method_trims_is_not_lost_to_rounding(project):
     project.merge()
     merged = summarise(measured().rows, ["stage"]).set_index("stage").loc["merged"]
     assert merged["unchanged"] > 0.3 and merged["rounded_away"] == 0
+
+
+def test_what_rounding_takes_is_told_apart_from_the_rounding_of_the_base():
+    generator = torch.Generator().manual_seed(0)
+    weight, noise = (torch.randn(100_000, generator=generator) for _ in range(2))
+    rows = {}
+    for name, size, base in (
+        ("fine", 1e-4, weight),
+        ("lost", 1e-4, weight.bfloat16()),
+        ("kept", 0.1, weight.bfloat16()),
+    ):
+        before, delta = base.float(), size * noise
+        row = parts(TensorChange(before, delta, before + delta, (before + delta).bfloat16()))
+        rows[name] = {"stage": name, "layer": 0, "module": "m", "parameter": "weight"} | row
+    table = summarise(pd.DataFrame(rows.values()), ["stage"]).set_index("stage")
+    assert table.loc["fine", "floor_share"] > 5  # the base itself is rounded, and the change is there all the same
+    assert table.loc["fine", "lost_to_rounding"] < 0.1
+    assert table.loc["lost", "lost_to_rounding"] > 0.9
+    assert table.loc["kept", "lost_to_rounding"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_last_digits_of_computing_a_merge_move_nothing():
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    merged = weight * 0.3 + weight * 0.7  # a weighted mean of equal numbers
+    assert not torch.equal(merged, weight)
+    assert parts(TensorChange(weight, merged - weight, merged, merged.bfloat16()))["moved"] == 0
+
+
+@pytest.mark.parametrize(("comparisons", "deviations"), [(1, 3.0902), (10, 3.7190)])
+def test_more_comparisons_ask_for_more_deviations(comparisons, deviations):
+    assert significant(comparisons) == pytest.approx(deviations, abs=1e-4)  # of a table of the normal distribution
 
 
 def test_the_gain_of_a_norm_may_be_one_more_than_its_weight():

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from analysis.changes.deltas import measure
-from analysis.changes.subspaces import BaseDirections, Directions, interference, largest_share, overlap, strongest
+from analysis.changes.subspaces import (
+    BaseDirections,
+    Directions,
+    interference,
+    largest_share,
+    overlap,
+    overlap_spread,
+    strongest,
+)
 from stages.merging.merged import Merged, open_merged
 from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
@@ -39,6 +47,13 @@ def test_random_subspaces_overlap_as_often_as_chance_says():
     pairs = [overlap(subspace(400, 16, seed), subspace(400, 8, seed + 100)) for seed in range(20)]
     assert np.mean([found for found, _ in pairs]) == pytest.approx(pairs[0][1], rel=0.1)
     assert pairs[0][1] == 16 / 400
+
+
+@pytest.mark.parametrize(("size", "first", "second"), [(4, 1, 1), (32, 4, 16), (24, 8, 8), (5, 5, 2)])
+def test_overlaps_of_random_subspaces_spread_as_the_formula_says(size, first, second):
+    fixed = subspace(size, first)
+    found = [overlap(fixed, subspace(size, second, seed))[0] for seed in range(1, 2001)]
+    assert np.std(found) == pytest.approx(overlap_spread(fixed, subspace(size, second)), rel=0.06, abs=1e-12)
 
 
 def test_a_subspace_overlaps_with_one_that_holds_it_and_not_with_its_complement():

@@ -131,7 +131,7 @@ def test_the_floor_is_what_bfloat16_makes_whatever_is_computed_in(dtype):
     found = probe.floor(base, TEXTS["off"], watch(model, TEXTS["off"], 0))
     assert len(found["drift"]) == len(found["lens"]) == 4
     assert min(found["drift"]) > 2**-11 and max(found["drift"]) < 2**-5  # bfloat16 has 8 binary digits
-    assert found["kl"] == found["lens"][-1] > 0
+    assert found["kl"] == found["lens"][-1] > 0 and 0 < found["attention"] < 2**-5
 
 
 def test_intervals_hold_the_mean_of_few_texts():
