@@ -13,8 +13,14 @@ from torch import nn
 
 from stages.errors import MistakeError
 from stages.models.architecture import OUTSIDE, layer_stack, place
+from stages.settings.stage import Training
 
 BLOCK = 64  # numbers that share a scale
+
+
+def in_4bit(stage: Training) -> bool:
+    """Whether the frozen matrices are held in four bits, as some methods can."""
+    return getattr(stage, "load_in_4bit", False)
 
 
 def quantize(model: Any, dtype: torch.dtype, device: torch.device | str) -> None:

@@ -13,7 +13,7 @@ from stages.methods import METHODS
 from stages.methods.peft import Passthrough, try_out
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.settings.stage import Training
-from stages.train import put_on
+from stages.training.model import put_on
 from tools.pages.text import linked, paragraphs, table
 
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT-2"}
