@@ -61,7 +61,7 @@ def train(name: str, stage: Training, settings: Params, accelerator: Accelerator
     dtype, record = compute_dtype(), describe(name, stage, settings, seed)
     code = sha256(sorted(Path("stages").rglob("*.py")))
     with resume_folder(record | {"code": code, "device": accelerator.device.type}, accelerator) as work:
-        model = build(stage, dtype, accelerator)
+        model = build(name, stage, dtype, accelerator)
         record["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shown = sources(settings, name, stage, seed)
         tuning = list(encode_split([stage.dataset], "tune", name, stage)) if stage.is_tuned else None

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from stages.errors import MistakeError, first_line, placed
 from stages.files import CHECKPOINTS
 from stages.models.layers import select
 from stages.models.loading import load_model, set_weights
@@ -16,17 +17,23 @@ from stages.training.shard import is_divided, load_everywhere, shard
 from stages.weights.checkpoint import open_checkpoint
 
 
-def build(stage: Training, dtype: torch.dtype, accelerator: Accelerator) -> PeftModel:
-    """The parent with the stage's adapter on it, where it trains."""
+def build(name: str, stage: Training, dtype: torch.dtype, accelerator: Accelerator) -> PeftModel:
+    """The parent with the adapter of stage `name` on it, where it trains.
+
+    Raises:
+        MistakeError: the parent is not there, or the method does not go with it.
+    """
     divided = is_divided(accelerator)
     if divided:
         load_everywhere()
-    model = put_on(stage, load_parent(stage, dtype), dtype)
+    parent = load_parent(stage, dtype)
+    with placed(f"params.yaml: stages.{name}."):
+        model = put_on(stage, parent, dtype)
+        if in_4bit(stage):
+            quantize(model, dtype, accelerator.device)
     if divided:
         shard(model, accelerator)
         return model
-    if in_4bit(stage):
-        quantize(model, dtype, accelerator.device)
     return model.to(accelerator.device)
 
 
@@ -46,10 +53,18 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     """Wrap the model in the stage's adapter, then cast the frozen weights to `dtype`.
 
     What is trained starts from the exact weights and stays float32: bfloat16 would round small steps away.
+
+    Raises:
+        MistakeError: the method does not go with the model; the sentence begins with the key below `stages.NAME`.
     """
     config = stage.adapter_config(model, select(model, stage.layers))
     model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        raise MistakeError(
+            f"method {stage.method!r} is refused by PEFT ({first_line(error)}); change its keys, or choose another"
+        ) from None
     stage.started(wrapped)
     for parameter in wrapped.parameters():
         if not parameter.requires_grad:

@@ -215,7 +215,7 @@ def test_matrices_are_made_smaller_before_anything_is_on_the_device(monkeypatch)
         lambda model, dtype, device: seen.append((device, {p.device for p in model.parameters()})),
     )
     place = SimpleNamespace(device=torch.device("meta"), distributed_type=DistributedType.NO)
-    model = build(stage, torch.float32, place)
+    model = build("one", stage, torch.float32, place)
     assert seen == [(place.device, {torch.device("cpu")})]
     assert {p.device for p in model.parameters()} == {place.device}
 
