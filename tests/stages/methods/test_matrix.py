@@ -226,7 +226,7 @@ def test_a_bottleneck_needs_neurons_of_its_own():
     [
         ({"peft_type": "PROMPT_TUNING"}, "it adds prompts"),
         ({"peft_type": "LORAX"}, "PEFT knows ADALORA"),
-        ({"peft_type": "LOHA", "rank": 4}, "LOHA refuses its keys"),
+        ({"peft_type": "LOHA", "rank": 4}, "peft.rank is not a known key of LOHA; known keys are .*, r,"),
         ({"peft_type": "LILY"}, "leaves no change of weights that can be merged"),
     ],
 )
@@ -235,6 +235,41 @@ def test_what_cannot_be_merged_is_refused(keys, sentence):
     stage = METHODS["peft"](parent="base", dataset="d", method="peft", lr=0.01, steps=1, peft=keys)
     with pytest.raises(MistakeError, match=sentence):
         put_on(stage, fresh(), torch.float32)
+
+
+def test_what_peft_refuses_is_one_sentence():
+    make_base("llama-tied")
+    stage = make("shira").model_copy(update={"rank": 1000})
+    with pytest.raises(MistakeError, match=r"^method 'shira' is refused by PEFT \(.*\); change its keys, or"):
+        put_on(stage, fresh(), torch.float32)
+
+
+def test_new_neurons_and_adapters_in_one_base_are_trained_apart():
+    make_base("llama-tied")
+    add_adapters(add_neurons(fresh(), 12), 6).save_pretrained(BASE)
+    before = fresh()
+    wrapped = put_on(make("bottleneck"), fresh(), torch.float32)
+    adapted = {name.partition(".lora_A")[0] for name, _ in wrapped.named_parameters() if ".lora_A" in name}
+    assert {path.rpartition(".")[2] for path in adapted} == {"gate_proj", "up_proj", "down_proj"}
+    run = Run(wrapped, make("bottleneck"), Accelerator())
+    for step in range(5):
+        run.step([make_examples(4)], step)
+    merged = wrapped.merge_and_unload()
+    for name, weights in merged.named_parameters():
+        changed = (weights != before.get_parameter(name)).nonzero()
+        if "up_proj" in name and (".1." in name or ".2." in name):
+            assert set(changed[:, 0].tolist()) == set(range(68, 76))  # neurons 4 to 11 of those after the 64 old ones
+        assert not ("adapter" in name and len(changed))
+
+
+@pytest.mark.parametrize("room", [lambda model: add_neurons(model, 4), lambda model: add_adapters(model, 4)])
+def test_rows_of_zeros_are_told_and_dora_goes_on_without_them(room):
+    make_base("llama-tied")
+    room(fresh()).save_pretrained(BASE)
+    stage = make("dora")
+    with pytest.raises(MistakeError, match=r"^method 'dora' divides by .*, and model\.layers\.1\..* has rows of zeros"):
+        put_on(stage, fresh(), torch.float32)
+    put_on(stage.model_copy(update={"layers": {"q_proj": "1-2"}}), fresh(), torch.float32)
 
 
 def test_no_biases_can_be_added_where_the_architecture_knows_none():
