@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.changes.measured import MERGED, Measured
 from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, summarise, survival
 from analysis.telling.skills import Cell, Change, changes
+from analysis.telling.text import in_layers, in_modules
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
@@ -51,6 +52,13 @@ class Facts:
     def merged_stages(self) -> list[str]:
         """Stages in the merge, in the order of params.yaml."""
         return [name for name in self.settings.stages if name in self.settings.merge.weights]
+
+    def trained(self, name: str) -> str:
+        """What a stage was to change, such as `layers 0-3`; of an imported adapter, the layers that it does change."""
+        stage = self.settings.stages[name]
+        if stage.method == "import":
+            return in_layers(self.records[name]["layers"])
+        return in_modules(stage.layers, self.measured.layers)
 
     @cached_property
     def changed(self) -> list[Change]:

@@ -13,7 +13,7 @@ from analysis.changes.measured import KEYS
 from analysis.changes.tables import summarise
 from analysis.telling.facts import Facts
 from analysis.telling.skills import Change
-from analysis.telling.text import in_layers, percent, ranges, score, whole_percent
+from analysis.telling.text import in_layers, percent, score, whole_percent
 from stages.models.architecture import OUTSIDE
 
 SENTENCES = 5
@@ -208,7 +208,7 @@ def guesses(facts: Facts) -> list[str]:
     if not any(change.worse for change in facts.changed):
         return []
     shared = [
-        f"{first} and {second} (layers {ranges(common)})"
+        f"{first} and {second} ({in_layers(common)})"
         for number, first in enumerate(facts.merged_stages)
         for second in facts.merged_stages[number + 1 :]
         if (common := sorted(set(facts.records[first]["layers"]) & set(facts.records[second]["layers"])))
@@ -267,5 +267,5 @@ def label(facts: Facts, name: str) -> str:
         return f"{facts.settings.merge.method}, {facts.settings.merge.dtype}"
     if name == "base":
         return "before training"
-    record = facts.records[name]
-    return f"{record['method']}, {in_layers(record['layers'])}, on {record['parent']}"
+    stage = facts.settings.stages[name]
+    return f"{stage.method}, {facts.trained(name)}, on {stage.parent}"
