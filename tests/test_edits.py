@@ -115,6 +115,7 @@ EDITS = {
     "a new source": (new("stages/records/sources/new.py"), DATA),
     "a comment in the reader of params.yaml": (comment("stages/project/params.py"), set()),
     "a comment in the resumed state": (comment("stages/training/resume.py"), set()),
+    "a comment in the launcher": (comment("stages/training/launch.py"), set()),
     "a comment in the scores": (comment("stages/models/scoring.py"), SCORES | PROBES),
     "a comment in the probe": (comment("analysis/running/watching.py"), PROBES),
     "a comment in what is measured": (comment("analysis/changes/spectra.py"), {"measure"}),
