@@ -132,7 +132,9 @@ def reset_early(
     """
     stack = layer_stack(model)
     count = model.config.num_hidden_layers // EARLY
-    set_weights(model, origin, [path for path in origin.modules if 0 <= place(path, stack)[0] < count])
+    # Experts stay as they are where the file has other names for them than the model has.
+    modules = [path for path, _ in model.named_modules() if path in origin.modules]
+    set_weights(model, origin, [path for path in modules if 0 <= place(path, stack)[0] < count])
     pairs = zip(before, watch(model, texts), strict=True)
     left = np.mean([float(lens_divergence(*pair)) for pair in pairs])
     return {"layers": count, "left": float(left), "share": 1 - float(left) / whole if whole and count else None}

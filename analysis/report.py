@@ -84,7 +84,7 @@ def draw(facts: Facts) -> dict[str, str]:
         pictures["cosines"] = cosine_maps(facts.gram, measured.grams, measured.names, measured.layers, paired)
     heads = measured.heads[measured.heads["stage"] == MERGED]
     divergence = probe["checkpoints"][MERGED]["attention"]["divergence"]
-    if len(heads) or np.any(divergence):
+    if len(heads) or np.nan_to_num(np.array(divergence, float)).any():
         pictures["heads"] = head_maps(heads, divergence)
     if rows := [row for name in facts.settings.stages for row in probe["checkpoints"][name]["ablation"]]:
         pictures["ablation"] = ablation_map(rows, skills)

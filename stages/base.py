@@ -11,7 +11,7 @@ from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
-from stages.project.check import load_checked, refuse_layers_outside, refuse_unknown_modules
+from stages.project.check import load_checked, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
 
 
@@ -43,8 +43,7 @@ def main() -> None:
         model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
     if settings.adapter_size:
         model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
-    architecture = describe(model)
-    refuse_unknown_modules(params, architecture)
+    refuse_misfits(params, model)
     model.generation_config.eos_token_id = stop_tokens(model.generation_config.eos_token_id, tokenizer)
     with publish(BASE) as folder:
         model.save_pretrained(folder)
@@ -62,7 +61,7 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        architecture.write(folder)
+        describe(model).write(folder)
         write_json(folder / "stage.json", record)
 
 

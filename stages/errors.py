@@ -1,12 +1,22 @@
 """Mistakes that a user can mend, told in one sentence instead of a traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class MistakeError(Exception):
     """Something in a file the user wrote is wrong; the message names the file, the key and the fix."""
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Within the block the sentence of a mistake begins with `where`, such as `params.yaml: stages.sums.`."""
+    try:
+        yield
+    except MistakeError as mistake:
+        raise MistakeError(f"{where}{mistake}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -112,6 +112,7 @@ def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float
             "name": "base",
             "model": "model",
             "revision": None,
+            "room": {"add_biases": False, "extra_neurons": 0, "adapter_size": 0},
             "dtype": str(dtype).removeprefix("torch."),
             "layers": 4,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),

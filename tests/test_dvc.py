@@ -14,9 +14,10 @@ from tests.conftest import ROOT
 CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in CONTENT.items()}
 
-# Without a say in any result: reading params.yaml and telling its mistakes, whole files, a state to go on from.
+# Without a say in any result: reading params.yaml and telling its mistakes, whole files, starting processes, a state to
+# go on from.
 PLUMBING = {"stages", "stages.errors", "stages.files", "stages.project", "stages.settings.section"}
-PLUMBING |= {"stages.training.resume"}
+PLUMBING |= {"stages.training.launch", "stages.training.resume"}
 
 # Folders whose files are found by themselves, without an import.
 FOUND = {"data": "stages/records/sources", "train": "stages/methods"}

@@ -121,6 +121,7 @@ EDITS = {
         param("    path: sums.jsonl\n    train: 40", "    path: sums.jsonl\n    score: chrf\n    train: 40"),
         {"data@sums", "pick_data", "evaluate", "report"} | SCORES,
     ),
+    "a comment in the launcher": (comment("stages/training/launch.py"), set()),
     "a comment in the probe": (comment("analysis/running/watching.py"), PROBES),
     "a comment in what is measured": (comment("analysis/changes/spectra.py"), {"measure"}),
     "a word of the report": (comment("analysis/telling/words.py"), {"report"}),

@@ -26,7 +26,13 @@ def add_arguments(_: ArgumentParser) -> None:
 
 
 def main() -> None:
-    """Write everything anew."""
+    """Write everything anew.
+
+    Raises:
+        MistakeError: the pages are not there, or have lost their marks.
+    """
+    if missing := [name for name, page in PAGES.items() if not callable(page) and not (DOCS / name).exists()]:
+        raise MistakeError(f"{DOCS / missing[0]} is missing; run the command in the folder of the repository")
     warnings.simplefilter("ignore")  # peft and transformers have much to say about tiny models
     for name in PAGES:
         write_text(DOCS / name, made(DOCS / name))

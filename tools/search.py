@@ -41,13 +41,21 @@ def add_arguments(_: ArgumentParser) -> None:
 
 
 def main() -> None:
-    """Run every trial and write the best merge that was found."""
+    """Run every trial and write the best merge that was found.
+
+    Raises:
+        MistakeError: there is nothing to search with, or no split to search on.
+    """
     settings = load_params()
     torch.set_num_threads(settings.thread_count)
     for name in settings.merge.weights:
         dataset = settings.skills[name]
         if not settings.datasets[dataset].tuning:
             raise MistakeError(f"params.yaml: datasets.{dataset}.tune is 0; the search needs some records, such as 50")
+    open_stages(list(settings.merge.weights))  # tells which is missing
+    for name in settings.merge.weights:
+        if not (split := DATA / settings.skills[name] / "tune.jsonl").exists():
+            raise MistakeError(f"{split} is missing; run `dvc repro data@{settings.skills[name]}`")
     for method in settings.search.methods or []:
         find_kernel(settings.merge.model_copy(update={"method": method}))
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -31,7 +31,7 @@ def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoi
     """Relative change of both circuits of every head, of each stage to its parent and of the merged file to the base.
 
     A model whose queries and keys are normalised is blind to their scale, so there QK is how far it turned at the best
-    scale, √(1−cos²). Models without separate q, k, v and o matrices have no rows.
+    scale, √(1−cos²). Models without separate q, k, v and o matrices, one query per head, have no rows.
 
     Returns:
         Columns stage, layer, head, qk, ov; only layers in which one of these matrices is changed.
@@ -61,7 +61,15 @@ def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
     for path in base.modules:
         layer, kind = base.architecture.place(path)
         layers.setdefault(layer, {})[kind.rpartition(".")[2]] = path
-    return {layer: paths for layer, paths in layers.items() if paths.keys() >= set(PARTS)}
+    return {layer: paths for layer, paths in layers.items() if _are_heads(paths, base.architecture)}
+
+
+def _are_heads(paths: dict[str, str], architecture: Architecture) -> bool:
+    """Whether the heads have one query each, as wide as what they write: Qwen3.5's q_proj has a gate beside it."""
+    if not paths.keys() >= set(PARTS):
+        return False
+    q, o = (architecture.modules[paths[part]].parameters["weight"] for part in ("q_proj", "o_proj"))
+    return q[0] == o[1]
 
 
 def _circuits(model: Weights, paths: dict[str, str], architecture: Architecture) -> tuple[Circuit, Circuit]:

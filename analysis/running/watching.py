@@ -23,12 +23,13 @@ Layered = torch.Tensor  # float32 [layers]
 
 @dataclass(frozen=True)
 class Activations:
-    """What a model made of one text.
+    """What a model made of one text. Where it has no such thing, as a recurrent layer has no attention, there is NaN.
 
     Attributes:
         hidden: the embeddings, then the output of every layer, the last one normalised; float32 [layers + 1, tokens,
             width].
-        attention: where each token looks, float32 [layers, heads, tokens, tokens]; rows sum to 1.
+        attention: where each token looks, float32 [layers, heads, tokens, tokens]; rows sum to 1. `heads` is 0 where
+            no layer has attention.
         written: what each part of a layer, such as its MLP, adds to the hidden states, over the size of those that come
             into the layer, by name; float32 [layers, tokens].
         lens: log-probabilities of the next token if a layer were the last, at LENS positions; float32 [lens layers,
@@ -48,41 +49,93 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) ->
     The logit lens looks at the layers from `first` on.
     """
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
-    with _sizes_of_outputs(model) as sizes:
-        # Without the output layer, whose logits nobody looks at here.
-        output = model.base_model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
-    hidden, attention = (torch.stack(each).float().cpu() for each in (output.hidden_states, output.attentions))
-    incoming = hidden[:-1].norm(dim=-1)
-    written = {
-        name: _ratio(torch.stack(each).cpu(), incoming) for name, each in sizes.items()
-    }  # [layers, texts, tokens]
+    with _seen_in(model) as seen:
+        model(input_ids=ids, output_attentions=True, use_cache=False)
+    hidden, attention, written = seen.hidden(), seen.attention(), seen.written()
     return [
         Activations(
             hidden[:, row, :end],
             attention[:, row, :, :end, :end],
             {name: values[:, row, :end] for name, values in written.items()},
-            _lens(model, hidden[1:, row, :end][first:]),
+            _lens(model, hidden[1:, row, :end][first:-1], seen.last[row, :end]),
         )
         for row, end in enumerate(map(len, texts))
     ]
 
 
+class _Seen:
+    """What passes through a model: the outputs of its layers and of their parts.
+
+    Attributes:
+        outputs: the embeddings, then the output of each layer; float32 [texts, tokens, width].
+        last: what the output layer reads, normalised, in some models of another width; the same.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+        self.last = torch.empty(0)
+        self._written: dict[str, dict[int, torch.Tensor]] = {}  # by part and layer, [texts, tokens]
+        self._attention: dict[int, torch.Tensor] = {}  # by layer, [texts, heads, tokens, tokens]
+
+    def add(self, name: str, layer: int, output: Any) -> None:
+        """Keep the size of what a part adds to the hidden states, and its attention if it has one."""
+        found = output if isinstance(output, tuple) else (output,)
+        incoming = self.outputs[layer]
+        texts, tokens, width = incoming.shape
+        if found[0].shape[-1] == width and found[0].numel() == incoming.numel():  # else it is read by another part
+            size = found[0].reshape(texts, tokens, width).float().norm(dim=-1).cpu()
+            self._written.setdefault(name, {})[layer] = _ratio(size, incoming.norm(dim=-1))
+        for each in found[1:]:
+            if isinstance(each, torch.Tensor) and each.dim() == 4 and each.shape[-2:] == (tokens, tokens):
+                self._attention[layer] = each.float().cpu()
+
+    def hidden(self) -> torch.Tensor:
+        """[layers + 1, texts, tokens, width] with `last` in the place of the last layer's output."""
+        own = self.outputs[-1]
+        return torch.stack([*self.outputs[:-1], self.last if self.last.shape == own.shape else own])
+
+    def attention(self) -> torch.Tensor:
+        """[layers, texts, heads, tokens, tokens]."""
+        texts, tokens, _ = self.outputs[0].shape
+        heads = max((each.shape[1] for each in self._attention.values()), default=0)
+        whole = torch.full((len(self.outputs) - 1, texts, heads, tokens, tokens), torch.nan)
+        for layer, each in self._attention.items():
+            whole[layer, :, : each.shape[1]] = each
+        return whole
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """[layers, texts, tokens] by part."""
+        nothing = torch.full(self.outputs[0].shape[:2], torch.nan)
+        layers = range(len(self.outputs) - 1)
+        return {name: torch.stack([each.get(i, nothing) for i in layers]) for name, each in self._written.items()}
+
+
 @contextmanager
-def _sizes_of_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect ‖output‖ [texts, tokens] of every part of every layer that has weight matrices, by its name."""
-    sizes: dict[str, list[torch.Tensor]] = {}
+def _seen_in(model: PreTrainedModel) -> Iterator[_Seen]:
+    """Collect what every layer and every part of it that has weight matrices gives, while the model runs."""
+    seen, hooks = _Seen(), []
 
-    def keep(name: str, output: Any) -> None:
-        sizes.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).float().norm(dim=-1))
+    def came_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen.outputs:
+            seen.outputs.append((args[0] if args else kwargs["hidden_states"]).float().cpu())
 
-    hooks = [
-        part.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
-        for layer in model.get_submodule(layer_stack(model)).children()
-        for name, part in layer.named_children()
-        if any(parameter.dim() == 2 for parameter in part.parameters())
-    ]
+    def went_out(_: nn.Module, args: Any, output: Any) -> None:
+        seen.outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+
+    def read(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.last = args[0].float().cpu()
+        return args[0][:, :1]  # nobody looks at the logits here
+
+    hooks.append(cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(read))
+    for number, layer in enumerate(model.get_submodule(layer_stack(model)).children()):
+        hooks += [layer.register_forward_pre_hook(came_in, with_kwargs=True), layer.register_forward_hook(went_out)]
+        hooks += [
+            part.register_forward_hook(lambda _, args, output, at=(name, number): seen.add(at[0], at[1], output))
+            for name, part in layer.named_children()
+            if any(parameter.dim() == 2 for parameter in part.parameters())
+        ]
     try:
-        yield sizes
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -105,29 +158,40 @@ def lens_divergence(before: Activations, after: Activations) -> Layered:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).cpu()
 
 
-def _lens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """What the output layer makes of hidden states [lens layers, tokens, width], of which the last are normalised."""
-    tokens, head = hidden.shape[1], cast(nn.Linear, model.get_output_embeddings())
+def _lens(model: PreTrainedModel, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What the output layer makes of the outputs of layers, and of what it does read.
+
+    Args:
+        model: whose output layer it is.
+        hidden: of the layers before the last, [lens layers - 1, tokens, width].
+        last: what the output layer reads, [tokens, its width]; where that is another width, it cannot read `hidden`.
+    """
+    tokens, head = len(last), cast(nn.Linear, model.get_output_embeddings())
     positions = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
-    hidden = hidden[:, positions].to(head.weight)
-    normed = torch.cat([final_norm(model)(hidden[:-1]), hidden[-1:]])
-    return head(normed).float().log_softmax(-1)
+    last = last[positions].to(head.weight)[None]
+    if hidden.shape[-1] != last.shape[-1]:
+        own = head(last).float().log_softmax(-1)
+        return torch.cat([own.new_full((len(hidden), *own.shape[1:]), torch.nan), own])
+    normed = final_norm(model)(hidden[:, positions].to(head.weight))
+    return head(torch.cat([normed, last])).float().log_softmax(-1)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The normalisation between the last layer and the output layer."""
+    """The normalisation between the last layer and the output layer; one that changes nothing where there is none."""
     stack = layer_stack(model)
-    return next(m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
+    outside = (m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
+    return next(outside, nn.Identity())
 
 
 def attention_of(texts: list[Activations]) -> dict[str, Any]:
     """Sink mass (share of attention that goes to the first token) and entropy in bits, by layer and head.
 
-    `sets_in` is the first layer whose sink mass, a mean over its heads, is above SINK; None if there is none.
+    `sets_in` is the first layer whose sink mass, a mean over its heads, is above SINK; None if there is none. A layer
+    without attention has NaN for each head.
     """
     sink = torch.stack([each.attention[:, :, 1:, 0].mean(2) for each in texts]).mean(0)
     entropy = torch.stack([-_x_log2(each.attention)[:, :, 1:].sum(-1).mean(2) for each in texts]).mean(0)
-    above = (sink.mean(1) > SINK).nonzero()
+    above = (sink.nanmean(1) > SINK).nonzero()
     return {"sink": sink.tolist(), "entropy": entropy.tolist(), "sets_in": int(above[0]) if len(above) else None}
 
 

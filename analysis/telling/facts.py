@@ -14,6 +14,7 @@ from analysis.changes.measured import MERGED, Measured
 from analysis.changes.tables import cosine_by_chance, cosines, frozen_check, significant, summarise, survival
 from analysis.telling.answers import ANSWERS
 from analysis.telling.skills import Cell, Change, changes, guarded
+from analysis.telling.text import in_layers, in_modules
 from stages.files import BASE, PICKED, REPORTS, read_json
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
@@ -62,6 +63,13 @@ class Facts:
     def retention(self) -> dict[str, dict[str, Any]]:
         """What the merge kept of each stage's gain, by stage."""
         return self.evaluation["retention"]
+
+    def trained(self, name: str) -> str:
+        """What a stage was to change, such as `layers 0-3`; of an imported adapter, the layers that it does change."""
+        stage = self.settings.stages[name]
+        if stage.method == "import":
+            return in_layers(self.records[name]["layers"])
+        return in_modules(stage.layers, self.measured.layers)
 
     @cached_property
     def changed(self) -> list[Change]:

@@ -262,8 +262,9 @@ def behaviour_lines(probe: dict[str, Any], layers: int) -> str:
     checkpoints, base = probe["checkpoints"], probe["base"]["written"]
     figure = Figure((WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 1 + len(base), sharex=True)
-    floor = np.maximum(probe["floor"]["lens"], 1e-6)
-    lowest = 0.5 * min([*floor, *(value for each in checkpoints.values() for value in each["lens"] if value > 0)])
+    floor = np.maximum(np.array(probe["floor"]["lens"], float), 1e-6)
+    lens = {name: np.array(checkpoint["lens"], float) for name, checkpoint in checkpoints.items()}
+    lowest = 0.5 * np.nanmin([*floor, *(value for each in lens.values() for value in each if value > 0)])
     panels[0].fill_between(range(layers), lowest, floor, color=GREY, lw=0, label="noise of bfloat16")
     panels[0].set(yscale="log", title="predictions read off each layer", ylabel="KL to the base, nats")
     for number, (name, checkpoint) in enumerate(checkpoints.items()):
@@ -272,11 +273,11 @@ def behaviour_lines(probe: dict[str, Any], layers: int) -> str:
         else:
             style = ["--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))][number % 4]
             look = {"color": COLOURS[number % len(COLOURS)], "lw": 1.4, "ls": style, "label": name}
-        panels[0].plot(range(layers), [value or math.nan for value in checkpoint["lens"]], **look)
+        panels[0].plot(range(layers), np.where(lens[name] == 0, math.nan, lens[name]), **look)
         for axes, (module, before) in zip(panels[1:], base.items(), strict=True):
             wrote = np.array(before, float)
             wrote[wrote == 0] = math.nan  # an adapter that the base has for a stage to train
-            axes.plot(range(layers), 100 * (checkpoint["written"][module] / wrote - 1), **look)
+            axes.plot(range(layers), 100 * (np.array(checkpoint["written"][module], float) / wrote - 1), **look)
     for axes, module in zip(panels[1:], base, strict=True):
         axes.axhline(0, color=FAINT, lw=0.6)
         axes.set(title=f"{module} writes more by", ylabel="%")
@@ -288,14 +289,14 @@ def behaviour_lines(probe: dict[str, Any], layers: int) -> str:
 
 
 @mpl.rc_context(STYLE)
-def head_maps(heads: pd.DataFrame, divergence: list[list[float]]) -> str:
+def head_maps(heads: pd.DataFrame, divergence: list[list[float | None]]) -> str:
     """What changed in every attention head of the merged file: where it looks on other texts, and its two circuits.
 
     Args:
         heads: of the merged file, columns layer, head, qk, ov; may be empty.
-        divergence: of the attention, in bits, by layer and head.
+        divergence: of the attention, in bits, by layer and head; None where a layer has none.
     """
-    moved = np.array(divergence).T  # [heads, layers]
+    moved = np.array(divergence, float).T  # [heads, layers]
     maps = [("where it looks: attention moved", "bits", moved)]
     for key, title in (("qk", "what it looks for: QK changed"), ("ov", "what it copies: OV changed")):
         table = heads.pivot(index="head", columns="layer", values=key)

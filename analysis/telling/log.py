@@ -32,7 +32,7 @@ def _action(facts: Facts, name: str) -> dict[str, Any]:
         },
         "trained": {
             "method": stage.method,
-            "layers": ranges(record["layers"]),
+            "layers": facts.trained(name),
             "parameters": record["trained_parameters"],
             "settings": record["settings"],
             "seed": record.get("seed"),

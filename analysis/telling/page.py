@@ -77,7 +77,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "frozen": list(facts.frozen.itertuples()),
         "log": actions(facts),
         "probe": facts.probe,
-        "behaviour": _behaviour_rows(facts.probe),
+        "behaviour": behaviour_rows(facts.probe),
     }
 
 
@@ -208,30 +208,43 @@ def _conflict_rows(facts: Facts) -> list[dict[str, Any]]:
     return rows
 
 
-def _behaviour_rows(probe: dict[str, Any]) -> list[dict[str, Any]]:
+def behaviour_rows(probe: dict[str, Any]) -> list[dict[str, Any]]:
     """What the running models do beside the base: predictions, and where attention goes (means over heads).
 
     Below what running the base in another dtype makes, no part of a change is told, and no head that moved.
     """
-    rows, base = [], probe["base"]["attention"]
-    for name, checkpoint in probe["checkpoints"].items():
-        attention, moved = checkpoint["attention"], np.array(checkpoint["attention"]["divergence"])
-        layer, head = np.unravel_index(moved.argmax(), moved.shape)
-        changed = checkpoint["off"]["kl"]["mean"] > probe["floor"]["kl"]
-        rows.append(
-            {
-                "name": name,
-                "on": checkpoint["on"]["kl"]["mean"],
-                "off": checkpoint["off"]["kl"],
-                "early": checkpoint["early"]["share"] if changed else None,
-                "sink_begins": attention["sets_in"],
-                "sink_began": base["sets_in"],
-                "sink": np.mean(attention["sink"]) - np.mean(base["sink"]),
-                "entropy": np.mean(attention["entropy"]) - np.mean(base["entropy"]),
-                "moved_most": f"layer {layer}, head {head}" if moved.max() > probe["floor"]["attention"] else NOTHING,
-            }
-        )
-    return rows
+    floor = probe["floor"]
+    return [
+        {
+            "name": name,
+            "on": checkpoint["on"]["kl"]["mean"],
+            "off": checkpoint["off"]["kl"],
+            "early": checkpoint["early"]["share"] if checkpoint["off"]["kl"]["mean"] > floor["kl"] else None,
+            "attention": _attention(checkpoint["attention"], probe["base"]["attention"], floor["attention"]),
+        }
+        for name, checkpoint in probe["checkpoints"].items()
+    ]
+
+
+def _attention(after: dict[str, Any], before: dict[str, Any], floor: float) -> dict[str, Any] | None:
+    """Where the attention goes, and went in the base; None for a model that has none, such as Mamba."""
+    moved = np.array(after["divergence"], float)  # [layers, heads]
+    if np.isnan(moved).all():
+        return None
+    layer, head = np.unravel_index(np.nanargmax(moved), moved.shape)
+    sink, entropy = (_mean(after[key]) - _mean(before[key]) for key in ("sink", "entropy"))
+    return {
+        "sink_begins": after["sets_in"],
+        "sink_began": before["sets_in"],
+        "sink": sink,
+        "entropy": entropy,
+        "moved_most": f"layer {layer}, head {head}" if np.nanmax(moved) > floor else NOTHING,
+    }
+
+
+def _mean(values: list[list[float | None]]) -> float:
+    """Over layers and heads, without the layers that have no attention."""
+    return float(np.nanmean(np.array(values, float)))
 
 
 def _weight_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from stages.settings.ranges import Layers, parse
+
 if TYPE_CHECKING:
     from analysis.changes.metrics import Metric
 
@@ -60,4 +62,20 @@ def ranges(layers: list[int]) -> str:
 
 def in_layers(layers: list[int]) -> str:
     """Sorted layer numbers as `layers 0-3`; an embedding lies in none."""
-    return f"layers {ranges(layers)}" if layers else "outside the layers"
+    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}" if layers else "outside the layers"
+
+
+def in_modules(setting: Layers, count: int) -> str:
+    """What `layers` of a stage names, such as `layers 0-3`, or `attention in layers 0-3, mlp in layers 2-5`.
+
+    Args:
+        setting: of params.yaml.
+        count: how many layers the model has.
+    """
+    if not isinstance(setting, dict):
+        return in_layers(parse(setting, count))
+    groups: dict[str, list[str]] = {}
+    for group, text in setting.items():
+        where = "" if group == "embeddings" else f" in {in_layers(parse(text, count))}"
+        groups.setdefault(where, []).append(group)
+    return ", ".join(f"{' and '.join(names)}{where}" for where, names in groups.items())

@@ -14,7 +14,7 @@ from analysis.changes.measured import KEYS
 from analysis.changes.tables import cosine_by_chance, significant, summarise
 from analysis.telling.facts import Facts
 from analysis.telling.skills import KEPT, UNCLEAR, Change, unclear_gains
-from analysis.telling.text import in_layers, percent, ranges, score, scored, whole_percent
+from analysis.telling.text import in_layers, percent, score, scored, whole_percent
 from stages.models.architecture import OUTSIDE
 
 SENTENCES = 5
@@ -317,7 +317,7 @@ def guesses(facts: Facts) -> list[str]:
     if not any(change.worse for change in facts.changed) or len(facts.changing) < 2:
         return []
     shared = [
-        f"{first} and {second} (layers {ranges(common)})"
+        f"{first} and {second} ({in_layers(common)})"
         for number, first in enumerate(facts.merged_stages)
         for second in facts.merged_stages[number + 1 :]
         if (common := sorted(set(facts.records[first]["layers"]) & set(facts.records[second]["layers"])))
@@ -381,5 +381,5 @@ def label(facts: Facts, name: str) -> str:
         return f"{facts.settings.merge.method}, {facts.settings.merge.dtype}"
     if name == "base":
         return "before training"
-    record = facts.records[name]
-    return f"{record['method']}, {in_layers(record['layers'])}, on {record['parent']}"
+    stage = facts.settings.stages[name]
+    return f"{stage.method}, {facts.trained(name)}, on {stage.parent}"

@@ -36,7 +36,7 @@ class BitFit(Training):
         biased = [path for path in modules if getattr(model.get_submodule(path), "bias", None) is not None]
         if not biased:
             raise MistakeError(
-                f"params.yaml: method 'bitfit' trains biases, and {type(model).__name__} has none in these layers;"
+                f"method 'bitfit' trains biases, and {type(model).__name__} has none in these layers;"
                 " write base.add_biases: true, or choose ln"
             )
         return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(biased))

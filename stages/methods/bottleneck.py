@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.errors import MistakeError
-from stages.models.architecture import exactly
-from stages.models.layers import linear_modules, mlp_width, select
+from stages.models.architecture import describe, exactly
+from stages.models.layers import linear_modules, mlp_width
 from stages.settings.ranges import Range, numbers, parse
 from stages.settings.stage import Stage, Training
 
@@ -53,12 +53,16 @@ class Bottleneck(Training):
         from peft import LoraConfig
 
         count = len(chosen_neurons(self.neurons, getattr(model.config, "extra_neurons", 0)))
-        inside = set(select(model, {"mlp": "all"}))
+        architecture, width = describe(model), mlp_width(model.config)
+        inside = set(architecture.select({"mlp": "all"}))
+        matrices = [path for path in linear_modules(model, modules) if path in inside]
+        # The matrices of an adapter behind the MLP (`base.adapter_size`) have none of its neurons.
+        matrices = [path for path in matrices if width in architecture.modules[path].parameters["weight"]]
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=count,
             lora_alpha=count,
-            target_modules=exactly([path for path in linear_modules(model, modules) if path in inside]),
+            target_modules=exactly(matrices),
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 

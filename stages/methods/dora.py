@@ -1,8 +1,14 @@
 """DoRA."""
 
-from typing import ClassVar, Literal
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from stages.errors import MistakeError
 from stages.methods.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Dora(LowRank):
@@ -16,3 +22,22 @@ class Dora(LowRank):
     use_dora: ClassVar[bool] = True
 
     method: Literal["dora"]
+
+    def started(self, model: PeftModel) -> None:
+        """Refuse rows of zeros, which have no direction: ‖V‖ is 0 there.
+
+        Raises:
+            MistakeError: a matrix has some.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        from stages.weights.adapter import PREFIX
+
+        super().started(model)
+        layers: dict[str, Any] = {path: each for path, each in model.named_modules() if isinstance(each, LoraLayer)}
+        for path, layer in layers.items():
+            if not layer.lora_magnitude_vector["default"].weight.all():
+                raise MistakeError(
+                    f"method 'dora' divides by the size of each row, and {path.removeprefix(PREFIX)} has rows of zeros,"
+                    " such as base.extra_neurons and base.adapter_size make; choose lora, or layers without this module"
+                )

@@ -34,26 +34,31 @@ class Import(Imported):
         if self.id is not None and self.revision is None:
             raise MistakeError("revision is missing; a hub adapter needs the commit to be repeatable")
 
-    def locate(self, where: str) -> Path:
+    def try_out(self) -> None:
+        """A folder is looked at; what is on the hub is left to the stage itself."""
+        if self.path is not None:
+            self.locate()
+
+    def locate(self) -> Path:
         """Folder with the adapter's two files, downloaded if it is on the hub."""
         if self.id is not None:
-            return self._download(where)
+            return self._download()
         folder = Path(str(self.path))
         if missing := [file for file in ADAPTER if not (folder / file).is_file()]:
-            raise MistakeError(f"{where}.path {self.path!r} holds no {missing[0]}; give the folder of a PEFT adapter")
+            raise MistakeError(f"path {self.path!r} holds no {missing[0]}; give the folder of a PEFT adapter")
         found = sha256(folder / file for file in ADAPTER)
         if self.sha256 is None:
-            raise MistakeError(f"{where}.sha256 is missing; it pins what is merged, so add sha256: {found}")
+            raise MistakeError(f"sha256 is missing; it pins what is merged, so add sha256: {found}")
         if self.sha256 != found:
-            raise MistakeError(f"{where}.sha256 is not that of {self.path}; if it was meant to change, write {found}")
+            raise MistakeError(f"sha256 is not that of {self.path}; if it was meant to change, write {found}")
         return folder
 
-    def _download(self, where: str) -> Path:
+    def _download(self) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
             return Path(snapshot_download(str(self.id), revision=self.revision, allow_patterns=list(ADAPTER)))
         except Exception as error:  # the library raises its own, the hub's, and the network's
             raise MistakeError(
-                f"{where}.id {self.id!r} does not load ({first_line(error)}); correct the id or revision"
+                f"id {self.id!r} does not load ({first_line(error)}); correct the id or revision"
             ) from None

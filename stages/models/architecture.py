@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
-from stages.settings.ranges import Layers, numbers, parse
+from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ class Architecture:
         """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
         path = folder / FILE
         if not path.exists():
-            return describe_folder(folder)
+            return describe(empty_model(folder))
         content = read_json(path)
         return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
 
@@ -106,19 +106,19 @@ class Architecture:
                 `embeddings` (with the output layer) or a module's own name, such as `q_proj`, a range of its own.
 
         Raises:
-            MistakeError: a name that no module has, or a layer that the model does not have.
+            MistakeError: a name that no module has, or a layer that the model does not have; the sentence begins with
+                the key below `stages.NAME`.
         """
         if not isinstance(setting, dict):
             chosen = set(parse(setting, self.layers))
             return [path for path in self.modules if self.place(path)[0] in chosen]
-        numbers(setting, self.layers)
         found: set[str] = set()
         for group, text in setting.items():
             members = [path for path in self.modules if group in self._names(path)]
             if not members:
                 names = {self.place(path)[1].rpartition(".")[2] for path in self.modules}
                 raise MistakeError(
-                    f"params.yaml: layers names {group!r}, which no module of the model is called;"
+                    f"layers names {group!r}, which no module of the model is called;"
                     f" write attention, mlp, norms, embeddings or one of {', '.join(sorted(names))}"
                 )
             chosen = {OUTSIDE, *parse(text, self.layers)}
@@ -159,14 +159,13 @@ def describe(model: PreTrainedModel) -> Architecture:
     )
 
 
-def describe_folder(folder: Path) -> Architecture:
-    """The architecture of a model folder that Strata did not make, from its config."""
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder without its weights, from its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return describe(model)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 def layer_stack(model: PreTrainedModel) -> str:
@@ -201,10 +200,10 @@ def exactly(modules: list[str]) -> str:
     PEFT's `layers_to_transform` fails for many adapter types; a regex in `target_modules` works for all.
 
     Raises:
-        MistakeError: there are none.
+        MistakeError: there are none; the sentence begins with the key below `stages.NAME`.
     """
     if not modules:
-        raise MistakeError("params.yaml: a stage's method finds nothing to train in its layers; choose another method")
+        raise MistakeError("method finds nothing to train in these layers; choose another method")
     return "|".join(re.escape(name) for name in modules)
 
 

@@ -38,12 +38,13 @@ def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> l
     """The weight matrices among `modules`, where all are Linear.
 
     Raises:
-        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method.
+        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method; the sentence begins with the
+            key below `stages.NAME`.
     """
     matrices = linear_modules(model, modules)
     if any(kind_of(model.get_submodule(path)) != "linear" for path in matrices):
         raise MistakeError(
-            f"params.yaml: method {method!r} (or its init or load_in_4bit) does not go with"
+            f"method {method!r} (or its init or load_in_4bit) does not go with"
             f" {type(model).__name__}, whose weights are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln"
             " or full"
         )

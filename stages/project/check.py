@@ -1,20 +1,34 @@
 """All that can be known of params.yaml before anything is trained."""
 
-from typing import Any
+from __future__ import annotations
 
-from stages.errors import MistakeError
-from stages.files import BASE, read_json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from stages.errors import MistakeError, placed
+from stages.files import BASE, CHECKPOINTS, DATA, read_json
 from stages.merging.kernels import find_kernel
-from stages.models.architecture import FILE, Architecture
+from stages.models.architecture import describe, empty_model
 from stages.project.params import PARAMS, Params, load_params
 from stages.project.references import check_depth
+from stages.records.source import Single, Source
+from stages.records.sources.hub import Hub
+from stages.records.sources.mix import Mix
 from stages.settings.merge import Merge
+from stages.settings.stage import Training
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOCK = Path("dvc.lock")  # what DVC has results of
 TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
 
 
 def load_checked() -> Params:
-    """Read params.yaml and check the merges too, which takes torch and would else be told after all training.
+    """Read params.yaml and check what needs libraries and files too, and would else be told after all training.
 
     Raises:
         MistakeError: for the first mistake found.
@@ -26,39 +40,46 @@ def load_checked() -> Params:
     for section in TRACKED:
         if section not in params.model_fields_set:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
+    made = _made()
+    for name in _to_make("datasets", params.datasets, DATA, made):
+        _try_dataset(params.datasets[name], f"{PARAMS}: datasets.{name}")
+    for name in _to_make("stages", params.stages, CHECKPOINTS, made):
+        with placed(f"{PARAMS}: stages.{name}."):
+            params.stages[name].try_out()
     return params
 
 
 def check_against_base(params: Params) -> None:
-    """Hold the stages' layers against the base in checkpoints/, if that is the one that params.yaml names.
+    """Hold the stages against the base in checkpoints/, if that is the one that params.yaml names.
 
     Raises:
-        MistakeError: the base has no such layer, or no module of such a name.
+        MistakeError: the base has no such layer, no module of such a name, or a method does not go with it.
     """
     path = BASE / "stage.json"
     record: dict[str, Any] = read_json(path) if path.exists() else {}
-    named = (params.base.model, params.base.revision, params.base.sha256)
-    if named == (record.get("model"), record.get("revision"), record.get("pin")):
+    room = params.base.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
+    named = (params.base.model, params.base.revision, params.base.sha256, room)
+    if named == tuple(record.get(key) for key in ("model", "revision", "pin", "room")):
+        import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
+
         refuse_layers_outside(params, record["layers"])
-        if (BASE / FILE).exists():
-            refuse_unknown_modules(params, Architecture.of(BASE))
+        refuse_misfits(params, empty_model(BASE))
 
 
 def refuse_layers_outside(params: Params, num_layers: int) -> None:
     """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
-    try:
+    with placed(f"{PARAMS}: "):
         check_depth(params, num_layers)
-    except MistakeError as error:
-        raise MistakeError(f"{PARAMS}: {error}") from None
 
 
-def refuse_unknown_modules(params: Params, architecture: Architecture) -> None:
-    """Raise a MistakeError for a stage whose layers name a module that the model does not have."""
+def refuse_misfits(params: Params, model: PreTrainedModel) -> None:
+    """Raise a MistakeError for a stage whose modules or method the model does not go with; weights are not read."""
+    architecture = describe(model)
     for name, stage in params.stages.items():
-        try:
-            architecture.select(stage.layers)
-        except MistakeError as error:
-            raise MistakeError(str(error).replace(f"{PARAMS}: ", f"{PARAMS}: stages.{name}.", 1)) from None
+        with placed(f"{PARAMS}: stages.{name}."):
+            modules = architecture.select(stage.layers)
+            if isinstance(stage, Training):
+                stage.adapter_config(model, modules)
 
 
 def _check_merge(merge: Merge, key: str) -> None:
@@ -66,3 +87,27 @@ def _check_merge(merge: Merge, key: str) -> None:
         find_kernel(merge)
     except MistakeError as error:
         raise MistakeError(str(error).replace("merge.method", key)) from None
+
+
+def _made() -> dict[str, Any]:
+    """What params.yaml was when DVC made what it has, by key, such as `datasets.sums`."""
+    stages = YAML(typ="safe").load(LOCK)["stages"].values() if LOCK.exists() else []
+    read = [stage.get("params", {}).get(str(PARAMS), {}) for stage in stages]
+    return {key: value for section in read for key, value in section.items()}
+
+
+def _to_make(section: str, settings: dict[str, Any], folder: Path, made: dict[str, Any]) -> Iterator[str]:
+    """Names in a section of what DVC has still to make; what the rest was made from may be on another machine."""
+    for name, each in settings.items():
+        given = each.model_dump(exclude_unset=True)
+        if made.get(f"{section}.{name}", given if (folder / name).is_dir() else None) != given:
+            yield name
+
+
+def _try_dataset(dataset: Source, where: str) -> None:
+    """Ask a dataset for a few records; the hub is not asked, where that would download them."""
+    if isinstance(dataset, Mix):
+        for name, part in dataset.parts.items():
+            _try_dataset(part, f"{where}.parts.{name}")
+    elif isinstance(dataset, Single) and not isinstance(dataset, Hub):
+        dataset.model_copy(update={"train": 1, "eval": 1, "tune": 0}).records("", where)

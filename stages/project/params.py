@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.errors import MistakeError, first_line
+from stages.errors import MistakeError, first_line, placed
 from stages.methods import METHODS
 from stages.project.references import check_references
 from stages.project.sentences import sentence
@@ -129,10 +129,8 @@ def load_params(path: Path = PARAMS) -> Params:
         params = Params.model_validate(content)
     except ValidationError as error:
         raise MistakeError(f"{path}: {sentence(error, content)}") from None
-    try:
+    with placed(f"{path}: "):
         check_references(params)
-    except MistakeError as error:
-        raise MistakeError(f"{path}: {error}") from None
     return params
 
 

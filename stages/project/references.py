@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, placed
+from stages.records.sources.mix import Mix
 from stages.settings.ranges import numbers
 from stages.settings.section import nearest
 from stages.settings.stage import Training
@@ -43,18 +44,14 @@ def check_references(params: Params) -> None:
 def check_depth(params: Params, num_layers: int) -> None:
     """Raise a MistakeError for a stage whose layers the model of `num_layers` layers does not have."""
     for name, stage in params.stages.items():
-        try:
+        with placed(f"stages.{name}.layers: "):
             numbers(stage.layers, num_layers)
-        except MistakeError as mistake:
-            raise MistakeError(f"stages.{name}.layers: {mistake}") from None
         _check_method(params, name, num_layers)
 
 
 def _check_method(params: Params, name: str, num_layers: int | None) -> None:
-    try:
+    with placed(f"stages.{name}."):
         params.stages[name].check(name, params.base, dict(params.stages), num_layers)
-    except MistakeError as mistake:
-        raise MistakeError(f"stages.{name}.{mistake}") from None
 
 
 def _check_names(params: Params) -> None:
@@ -62,14 +59,23 @@ def _check_names(params: Params) -> None:
     for name in params.stages:
         if name.lower() in TAKEN:
             raise MistakeError(f"stages.{name} has a name that stands for {TAKEN[name.lower()]}; choose another")
-    for section, names in (("stages", [*params.stages]), ("datasets", [*params.datasets, *params.selections])):
-        seen: dict[str, str] = {}
-        for name in names:
-            if name.lower() in seen:
-                where = "selections" if section == "datasets" and name in params.selections else section
-                other = "a dataset" if where == "selections" else seen[name.lower()]
-                raise MistakeError(f"{where}.{name} has the name of {other}; choose another")
-            seen[name.lower()] = name
+    mixes = {name: dataset for name, dataset in params.datasets.items() if isinstance(dataset, Mix)}
+    for places in (
+        [f"stages.{name}" for name in params.stages],
+        [*(f"datasets.{name}" for name in params.datasets), *(f"selections.{name}" for name in params.selections)],
+        *([f"datasets.{name}.parts.{part}" for part in mix.parts] for name, mix in mixes.items()),
+    ):
+        _refuse_twins(places)
+
+
+def _refuse_twins(places: list[str]) -> None:
+    """Raise a MistakeError for a name, the end of its place, that differs from an earlier one in case at most."""
+    seen: dict[str, str] = {}
+    for place in places:
+        name = place.rpartition(".")[2].lower()
+        if name in seen:
+            raise MistakeError(f"{place} has the name of {seen[name]}; choose another")
+        seen[name] = place
 
 
 def _check_selection(params: Params, name: str, selection: Selection) -> None:

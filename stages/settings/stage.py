@@ -55,6 +55,13 @@ class Stage(Chosen):
             MistakeError: it needs something else; the sentence begins with the key below `stages.NAME`.
         """
 
+    def try_out(self) -> None:
+        """Refuse what only a library or a file can tell; called before anything is trained.
+
+        Raises:
+            MistakeError: as `check`.
+        """
+
 
 class Training(Stage, ABC):
     """A stage that is trained here; a method adds its own keys and says how it is put on the model."""
@@ -103,7 +110,15 @@ class Training(Stage, ABC):
 
     @abstractmethod
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> PeftConfig:
-        """PEFT configuration that trains this method on `modules` of `model` and nothing else."""
+        """PEFT configuration that trains this method on `modules` of `model` and nothing else.
+
+        Args:
+            model: the base or the parent, maybe without its weights.
+            modules: those with parameters in the stage's layers.
+
+        Raises:
+            MistakeError: as `check`.
+        """
 
     def started(self, model: PeftModel) -> None:
         """Called once with the wrapped model, before anything is frozen in a lower precision."""
@@ -128,14 +143,11 @@ class Imported(Stage, ABC):
     """A stage whose adapter was trained elsewhere."""
 
     @abstractmethod
-    def locate(self, where: str) -> Path:
+    def locate(self) -> Path:
         """Folder with the adapter, once its content is known to be what params.yaml names.
 
-        Args:
-            where: the stage stands in params.yaml, for sentences about mistakes.
-
         Raises:
-            MistakeError: it is not there, or is another.
+            MistakeError: it is not there, or is another; the sentence begins with the key below `stages.NAME`.
         """
 
     def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:

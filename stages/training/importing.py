@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from stages.errors import placed
 from stages.files import ADAPTER, BASE, CHECKPOINTS, publish, read_json, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
@@ -27,7 +28,8 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     Raises:
         MistakeError: it is not there, not what its hash pins, or does not fit the base.
     """
-    source = stage.locate(f"params.yaml: stages.{name}")
+    with placed(f"params.yaml: stages.{name}."):
+        source = stage.locate()
     adapter = Adapter(source, Checkpoint(BASE, "base").architecture)
     with publish(CHECKPOINTS / name) as folder:
         for file in ADAPTER:

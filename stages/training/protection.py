@@ -8,16 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.files import CHECKPOINTS
-from stages.models.losses import Batch
+from stages.models.loading import load_tokenizer
+from stages.models.losses import Batch, pad
+from stages.training.batches import Source
+from stages.weights.checkpoint import open_base
 
 BASES = "inputs.safetensors"  # beside the adapter: an orthonormal basis [in, q] of the inputs of each weight matrix
 PREFIX = "base_model.model."
+REMEMBERED_BATCHES = 16
+
+
+def remember_inputs(
+    model: PeftModel, energy: float, sources: list[Source], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """A basis of what the stage's own examples put into each weight matrix, for later stages to protect."""
+    filler = load_tokenizer().pad_token_id
+    shown = [source.batch(step) for source in sources if not source.replayed for step in range(REMEMBERED_BATCHES)]
+    batches = (pad(examples, filler, accelerator.device) for examples in shown)
+    architecture = open_base().architecture
+    matrices = [path for path in architecture.select("all") if architecture.is_matrix(path)]
+    with accelerator.autocast():
+        return input_bases(model, matrices, batches, energy)
 
 
 @torch.no_grad()

@@ -13,8 +13,14 @@ from torch import nn
 
 from stages.errors import MistakeError
 from stages.models.architecture import OUTSIDE, layer_stack, place
+from stages.settings.stage import Training
 
 BLOCK = 64  # numbers that share a scale
+
+
+def in_4bit(stage: Training) -> bool:
+    """Whether the frozen matrices are held in four bits, as some methods can."""
+    return getattr(stage, "load_in_4bit", False)
 
 
 def quantize(model: Any, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -29,14 +35,12 @@ def quantize(model: Any, dtype: torch.dtype, device: torch.device | str) -> None
         device: that it trains on.
 
     Raises:
-        MistakeError: bitsandbytes is not installed.
+        MistakeError: bitsandbytes is not installed; the sentence begins with the key below `stages.NAME`.
     """
     try:
         import bitsandbytes
     except ImportError:
-        raise MistakeError(
-            "params.yaml: a stage with load_in_4bit needs bitsandbytes; run uv sync --extra four-bit"
-        ) from None
+        raise MistakeError("load_in_4bit needs bitsandbytes; run uv sync --extra four-bit") from None
     stack = layer_stack(model)
     for path, module in list(model.named_modules()):
         is_adapter = any(part.startswith("lora_") for part in path.split("."))

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from stages.models.architecture import layer_stack
+
+DIVIDED = (DistributedType.FSDP,)
+
+
+def is_divided(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the frozen weights alone (FSDP)."""
+    return accelerator.distributed_type in DIVIDED
 
 
 def load_everywhere() -> None:

@@ -28,7 +28,7 @@ from analysis.telling.figures import (
 )
 from analysis.telling.page import contents, render
 from analysis.telling.skills import changes, guarded, judge
-from analysis.telling.text import NOTHING, in_layers, number, percent, whole_percent
+from analysis.telling.text import NOTHING, in_layers, in_modules, number, percent, whole_percent
 from stages import evaluate
 from stages.comparing import Scores
 from stages.errors import MistakeError
@@ -100,7 +100,7 @@ def test_headline_says_when_a_later_stage_harmed_an_earlier_skill(project):
     project.merge()
     project.evaluation(names_on_sums=0.5)
     assert "Later stages harmed earlier skills: names took sums from 80 % to 50 %." in headline(project)
-    assert "names (layers 1)" in words.guesses(project.facts())[0]
+    assert "names (layer 1)" in words.guesses(project.facts())[0]
 
 
 def test_headline_says_when_a_frozen_layer_changed(project):
@@ -256,7 +256,8 @@ def test_the_log_of_actions_tells_who_did_what(project):
     log = {entry["stage"]: entry for entry in json.loads(Path("reports/lineage.json").read_text())}
     assert list(log) == ["sums", "names", "prose"]
     sums = log["sums"]
-    assert sums["given"]["parent"] == "base" and sums["trained"]["layers"] == sums["changed"]["layers"] == "0-1"
+    assert sums["given"]["parent"] == "base"
+    assert sums["trained"]["layers"] == "layers 0-1" and sums["changed"]["layers"] == "0-1"
     assert sums["changed"]["tensors"] == 2 * 7  # every matrix of two layers
     assert sums["gained"] == {"skill": "sums", "measure": "accuracy", "before": 0.1, "after": 0.8}
     later, merged = sums["since"]
@@ -376,7 +377,22 @@ def test_numbers_in_files_and_in_words():
     }
     assert percent(None) == percent(math.nan) == number(None, ".3f") == number(math.nan, "d") == NOTHING
     assert percent(0.00137) == "0.14 %" and whole_percent(0.784) == "78 %" and number(1.5, ".2f") == "1.50"
-    assert in_layers([0, 1, 2, 5]) == "layers 0-2, 5" and in_layers([]) == "outside the layers"
+    assert in_layers([0, 1, 2, 5]) == "layers 0-2, 5" and in_layers([3]) == "layer 3"
+    assert in_layers([]) == "outside the layers"
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        ("last 2", "layers 4-5"),
+        (3, "layer 3"),
+        ({"attention": "0-3", "mlp": "2-5"}, "attention in layers 0-3, mlp in layers 2-5"),
+        ({"q_proj": "all", "v_proj": "0-5", "norms": 0}, "q_proj and v_proj in layers 0-5, norms in layer 0"),
+        ({"embeddings": "all", "mlp": "last 1"}, "embeddings, mlp in layer 5"),
+    ],
+)
+def test_layers_of_every_form_read_well(layers, text):
+    assert in_modules(layers, 6) == text
 
 
 PROBLEMS = [

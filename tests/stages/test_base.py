@@ -158,6 +158,8 @@ def test_adapters_change_nothing_and_their_code_goes_with_the_weights(workspace,
     make_base(architecture)
     before = AutoModelForCausalLM.from_pretrained(BASE).eval()
     BASE.rename("model")
+    for dataset in ("sums", "words"):
+        Path("data", dataset).mkdir(parents=True)
     Path("params.yaml").write_text(PARAMS.replace("dtype: float32", "dtype: float32\n  adapter_size: 12", 1))
     base.main()
     with torch.no_grad():

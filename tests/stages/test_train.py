@@ -26,6 +26,7 @@ from stages.records.tokens import Example
 from stages.training import loop
 from stages.training.batches import Source, derive_seed
 from stages.training.loop import Run
+from stages.training.model import build, put_on
 from stages.weights.checkpoint import open_stages
 from tests.conftest import ARCHITECTURES, ROOT, kill_once_saved, make_base
 
@@ -63,7 +64,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     gradients = []
     for size in (12, 5, 1):
         torch.manual_seed(0)
-        model = train.put_on(make_stage(), fresh(), torch.float32)
+        model = put_on(make_stage(), fresh(), torch.float32)
         Run(model, make_stage(micro_batch_size=size), Accelerator()).together([make_examples()])
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for other in gradients[1:]:
@@ -76,7 +77,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_as_transformers_has_it():
     examples = make_examples(1)
     labels = [i if learned else -100 for i, learned in zip(examples[0].ids, examples[0].weights, strict=True)]
     truth = model(input_ids=torch.tensor([examples[0].ids]), labels=torch.tensor([labels])).loss
-    model = train.put_on(make_stage(), model, torch.float32)
+    model = put_on(make_stage(), model, torch.float32)
     loss = Run(model, make_stage(), Accelerator()).together([examples])
     assert loss == pytest.approx(float(truth), rel=1e-6)
 
@@ -84,7 +85,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_as_transformers_has_it():
 def test_full_on_a_layer_range_is_plain_unfreezing(workspace):
     make_base("qwen3")
     stage = make_stage("full", schedule="constant", warmup=0.0)
-    curve = fit(train.put_on(stage, fresh(), torch.float32), stage, workspace / "a")
+    curve = fit(put_on(stage, fresh(), torch.float32), stage, workspace / "a")
 
     plain = fresh().train()
     for name, parameter in plain.named_parameters():
@@ -100,7 +101,7 @@ def test_each_method_learns_saves_and_leaves_the_rest_alone(workspace, method, a
     make_base(architecture)
     stage = make_stage(method, steps=25, lr=0.05 if method == "ln" else 0.01)
     torch.manual_seed(0)
-    model = train.put_on(stage, fresh(), torch.float32)
+    model = put_on(stage, fresh(), torch.float32)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     curve = fit(model, stage, workspace / "work", make_examples(4))
     assert curve[-1]["loss"] < curve[0]["loss"]
@@ -121,7 +122,7 @@ def test_each_method_learns_saves_and_leaves_the_rest_alone(workspace, method, a
 def test_small_steps_on_a_bfloat16_base_are_not_rounded_away(workspace, method):
     make_base(dtype=torch.bfloat16)
     stage = make_stage(method, lr=1e-5, warmup=0.0)
-    model = train.put_on(stage, fresh(), torch.bfloat16)
+    model = put_on(stage, fresh(), torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in before.values()} == {torch.float32}
     fit(model, stage, workspace / "work", precision="bf16")
@@ -218,10 +219,11 @@ def test_matrices_are_made_smaller_before_anything_is_on_the_device(monkeypatch)
     make_base()
     stage, seen = make_stage("lora", load_in_4bit=True), []
     monkeypatch.setattr(
-        train, "quantize", lambda model, dtype, device: seen.append((device, {p.device for p in model.parameters()}))
+        "stages.training.model.quantize",
+        lambda model, dtype, device: seen.append((device, {p.device for p in model.parameters()})),
     )
     place = SimpleNamespace(device=torch.device("meta"), distributed_type=DistributedType.NO)
-    model = train.build(stage, torch.float32, place)
+    model = build("one", stage, torch.float32, place)
     assert seen == [(place.device, {torch.device("cpu")})]
     assert {p.device for p in model.parameters()} == {place.device}
 
@@ -231,7 +233,7 @@ def test_matrices_are_made_smaller_before_anything_is_on_the_device(monkeypatch)
 def test_some_step_of_every_stage_has_a_rate_and_enough_steps_have_transformers_own(steps, warmup, schedule):
     make_base()
     stage = make_stage(steps=steps, warmup=warmup, schedule=schedule)
-    run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+    run = Run(put_on(stage, fresh(), torch.float32), stage, Accelerator())
 
     def rates(schedule, optimizer):
         found = []

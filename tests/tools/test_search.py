@@ -140,6 +140,12 @@ def test_a_dataset_without_a_tuning_split_is_refused(project):
         search.main()
 
 
+def test_a_split_that_went_away_is_told(searched):
+    (DATA / "words" / "tune.jsonl").unlink()
+    with pytest.raises(MistakeError, match=r"data/words/tune.jsonl is missing; run `dvc repro data@words`"):
+        search.main()
+
+
 def test_a_stage_that_gained_nothing_is_refused(searched, monkeypatch):
     monkeypatch.setattr(search, "mean_loss", lambda *_: 1.0)
     with pytest.raises(MistakeError, match=r"stages.sums gained nothing on the tuning split"):

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.errors import MistakeError
 from stages.methods import METHODS
-from stages.methods.peft import Passthrough, try_out
+from stages.methods.peft import Passthrough
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.settings.stage import Training
-from stages.train import put_on
+from stages.training.model import put_on
 from tools.pages.text import linked, paragraphs, table
 
 MODELS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT-2"}
@@ -113,7 +113,7 @@ def _kind(model: PeftModel) -> str:
 
 def _is_taken(kind: str) -> bool:
     try:
-        try_out(Passthrough(parent="base", dataset="any", method="peft", lr=0.01, steps=1, peft={"peft_type": kind}))
+        Passthrough(parent="base", dataset="any", method="peft", lr=0.01, steps=1, peft={"peft_type": kind}).try_out()
     except MistakeError:
         return False
     return True

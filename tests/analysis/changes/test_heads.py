@@ -10,7 +10,7 @@ from stages.files import BASE
 from stages.merging.merged import Merged
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
-from tests.conftest import make_base, make_stage
+from tests.conftest import ARCHITECTURES, COMMON, make_base, make_stage
 
 
 def circuits(model, layer, head, config):
@@ -57,7 +57,10 @@ def test_where_queries_are_normalised_their_scale_does_not_count():
     assert row["qk"] == pytest.approx(relative(qk, best * new), rel=1e-5)
 
 
-def test_fused_attention_and_stages_elsewhere_have_no_rows():
+def test_fused_attention_gates_beside_queries_and_stages_elsewhere_have_no_rows(monkeypatch):
+    gated = AutoConfig.for_model("qwen3_5_text", head_dim=8, layer_types=["full_attention"] * 4, **COMMON)
+    monkeypatch.setitem(ARCHITECTURES, "gated", lambda: AutoModelForCausalLM.from_config(gated))
+    assert not len(made("gated", one=("lora", "1"))[3])
     assert not len(made("gpt2", one=("lora", "1"))[3])
     assert not len(made("llama-tied", one=("lora", {"mlp": "all"}))[3])
 

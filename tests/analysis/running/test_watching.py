@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis import probe
 from analysis.running.watching import (
@@ -21,12 +21,14 @@ from analysis.running.watching import (
     watch,
     written,
 )
+from analysis.telling.figures import behaviour_lines, drift_lines
+from analysis.telling.page import behaviour_rows
 from stages import pick
-from stages.files import BASE
+from stages.files import BASE, rounded, write_json
 from stages.models.losses import mean_loss
 from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
-from tests.conftest import make_base, make_stage, make_tokenizer
+from tests.conftest import COMMON, make_base, make_stage, make_tokenizer
 
 TEXTS = {"on": [torch.arange(1, 20), torch.arange(3, 30)], "off": [torch.arange(5, 40, 2), torch.arange(60, 90)]}
 
@@ -81,6 +83,67 @@ def test_texts_seen_together_are_as_seen_alone():
         (alone,) = watch(model, [ids])
         assert torch.allclose(together.hidden, alone.hidden, atol=1e-5)
         assert torch.allclose(together.attention, alone.attention, atol=1e-6)
+
+
+HYBRID = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
+# Kind of model: its config, a module to train, the layers that have attention, and by part the layers that write by it.
+OTHERS = {
+    "opt": (OPT, "q_proj", {0, 1, 2, 3}, {"self_attn": {0, 1, 2, 3}, "fc2": {0, 1, 2, 3}}),
+    "mamba": ({"state_size": 8}, "in_proj", set(), {"mixer": {0, 1, 2, 3}}),
+    "qwen3_5_text": (
+        HYBRID | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
+        "down_proj",
+        {1, 3},
+        {"linear_attn": {0, 2}, "self_attn": {1, 3}, "mlp": {0, 1, 2, 3}},
+    ),
+}
+
+
+def has_value(rows):
+    return {
+        layer for layer, row in enumerate(np.array(rows, float).reshape(4, -1)) if row.size and not np.isnan(row).any()
+    }
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_an_architecture_does_not_have_is_left_out(kind):
+    keys, module, attends, parts = OTHERS[kind]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON | keys)).save_pretrained(BASE)
+    write_json(BASE / "stage.json", {"dtype": "float32"})
+    make_stage("one", fresh(), "full", {module: "1-2"})
+    base, (stage,) = open_stages(["one"])
+    before = probe.watch_all(load_eager(base), TEXTS)
+    for text in before["off"]:
+        sums = text.attention.sum(-1)  # [layers, heads, tokens]
+        assert has_value(sums) == attends and torch.allclose(sums[list(attends)], torch.ones(1), atol=1e-5)
+    found = {"trained": [1, 2], **probe.probe(stage, base, TEXTS, before)}
+    whole = probe.probe_base(base, TEXTS["off"], before["off"]) | {"checkpoints": {"one": found, "merged": found}}
+    whole = json.loads(json.dumps(rounded(whole)))
+    found = whole["checkpoints"]["one"]
+    assert has_value(found["attention"]["divergence"]) == attends
+    assert {part: has_value(values) for part, values in found["written"].items()} == parts
+    assert (
+        found["off"]["drift"]["mean"][0] == 0
+        and min(found["off"]["drift"]["mean"][1:]) > 0
+        and found["off"]["kl"]["mean"] > 0
+    )
+    for picture in (drift_lines(whole, 4), behaviour_lines(whole, 4)):
+        assert picture.startswith("<svg")
+    assert [bool(row["attention"]) for row in behaviour_rows(whole)] == [bool(attends)] * 2
+
+
+def test_the_output_layer_reads_what_the_model_gives_it_whatever_its_width():
+    keys = {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}  # as OPT-350M: no norm at the end
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **COMMON | keys)).save_pretrained(BASE)
+    write_json(BASE / "stage.json", {"dtype": "float32"})
+    model, ids = load_eager(open_stages([])[0]), torch.arange(1, LENS + 2)
+    (seen,) = watch(model, [ids], 0)
+    with torch.no_grad():
+        truth = model(ids[None]).logits[0, 1:].log_softmax(-1)
+    assert seen.lens.shape[0] == 4 and torch.allclose(seen.lens[-1], truth, atol=1e-5) and seen.lens[:-1].isnan().all()
 
 
 def test_attention_by_hand():

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages import train
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, publish, write_json
 from stages.merging.merged import Merged
@@ -23,6 +22,7 @@ from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.settings.merge import Merge
 from stages.settings.stage import Training
 from stages.training.loop import Run
+from stages.training.model import put_on
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base
 from tests.stages.test_train import make_examples
@@ -106,13 +106,13 @@ def test_a_method(name, model):
     if model in row.refused:
         with pytest.raises(MistakeError, match=row.refused[model]):
             make_room(row)
-            train.put_on(stage, fresh(), torch.float32)
+            put_on(stage, fresh(), torch.float32)
         return
     make_room(row)
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         untouched = fresh()(ids).logits
-    wrapped = train.put_on(stage, fresh(), torch.float32)
+    wrapped = put_on(stage, fresh(), torch.float32)
     with torch.no_grad():
         assert torch.allclose(wrapped.eval()(ids).logits, untouched, rtol=0, atol=1e-5)  # it starts from its parent
     frozen = {name: p.clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
@@ -162,7 +162,7 @@ def test_added_biases_change_nothing_and_bitfit_trains_them(model):
         assert torch.equal(biased.eval()(ids).logits, truth)
     biased.save_pretrained(BASE)
     stage = make("bitfit", {"attention": "1-2"})
-    run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+    run = Run(put_on(stage, fresh(), torch.float32), stage, Accelerator())
     losses = [run.step([make_examples(4)], step)["loss"] for step in range(stage.steps)]
     assert losses[-1] < losses[0]
     publish_stage(stage, run.model)
@@ -195,7 +195,7 @@ def test_bottlenecks_of_two_stages_both_work_in_one_file():
     ids = torch.arange(1, 20)[None]
     for name, layer, neurons in (("one", "1", "0-3"), ("two", "2", "4-7")):
         stage = make("bottleneck", layer).model_copy(update={"neurons": neurons})
-        run = Run(train.put_on(stage, fresh(), torch.float32), stage, Accelerator())
+        run = Run(put_on(stage, fresh(), torch.float32), stage, Accelerator())
         for step in range(5):
             run.step([make_examples(4)], step)
         with publish(CHECKPOINTS / name) as folder:
@@ -215,10 +215,10 @@ def test_bottlenecks_of_two_stages_both_work_in_one_file():
 def test_a_bottleneck_needs_neurons_of_its_own():
     make_base("llama-tied")
     with pytest.raises(MistakeError, match=r"write base\.extra_neurons"):
-        train.put_on(make("bottleneck"), fresh(), torch.float32)
+        put_on(make("bottleneck"), fresh(), torch.float32)
     add_neurons(fresh(), 8).save_pretrained(BASE)
     with pytest.raises(MistakeError, match="gives it 0-7"):
-        train.put_on(make("bottleneck"), fresh(), torch.float32)
+        put_on(make("bottleneck"), fresh(), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_bottleneck_needs_neurons_of_its_own():
     [
         ({"peft_type": "PROMPT_TUNING"}, "it adds prompts"),
         ({"peft_type": "LORAX"}, "PEFT knows ADALORA"),
-        ({"peft_type": "LOHA", "rank": 4}, "LOHA refuses its keys"),
+        ({"peft_type": "LOHA", "rank": 4}, "peft.rank is not a known key of LOHA; known keys are .*, r,"),
         ({"peft_type": "LILY"}, "leaves no change of weights that can be merged"),
     ],
 )
@@ -234,7 +234,42 @@ def test_what_cannot_be_merged_is_refused(keys, sentence):
     make_base("llama-tied")
     stage = METHODS["peft"](parent="base", dataset="d", method="peft", lr=0.01, steps=1, peft=keys)
     with pytest.raises(MistakeError, match=sentence):
-        train.put_on(stage, fresh(), torch.float32)
+        put_on(stage, fresh(), torch.float32)
+
+
+def test_what_peft_refuses_is_one_sentence():
+    make_base("llama-tied")
+    stage = make("shira").model_copy(update={"rank": 1000})
+    with pytest.raises(MistakeError, match=r"^method 'shira' is refused by PEFT \(.*\); change its keys, or"):
+        put_on(stage, fresh(), torch.float32)
+
+
+def test_new_neurons_and_adapters_in_one_base_are_trained_apart():
+    make_base("llama-tied")
+    add_adapters(add_neurons(fresh(), 12), 6).save_pretrained(BASE)
+    before = fresh()
+    wrapped = put_on(make("bottleneck"), fresh(), torch.float32)
+    adapted = {name.partition(".lora_A")[0] for name, _ in wrapped.named_parameters() if ".lora_A" in name}
+    assert {path.rpartition(".")[2] for path in adapted} == {"gate_proj", "up_proj", "down_proj"}
+    run = Run(wrapped, make("bottleneck"), Accelerator())
+    for step in range(5):
+        run.step([make_examples(4)], step)
+    merged = wrapped.merge_and_unload()
+    for name, weights in merged.named_parameters():
+        changed = (weights != before.get_parameter(name)).nonzero()
+        if "up_proj" in name and (".1." in name or ".2." in name):
+            assert set(changed[:, 0].tolist()) == set(range(68, 76))  # neurons 4 to 11 of those after the 64 old ones
+        assert not ("adapter" in name and len(changed))
+
+
+@pytest.mark.parametrize("room", [lambda model: add_neurons(model, 4), lambda model: add_adapters(model, 4)])
+def test_rows_of_zeros_are_told_and_dora_goes_on_without_them(room):
+    make_base("llama-tied")
+    room(fresh()).save_pretrained(BASE)
+    stage = make("dora")
+    with pytest.raises(MistakeError, match=r"^method 'dora' divides by .*, and model\.layers\.1\..* has rows of zeros"):
+        put_on(stage, fresh(), torch.float32)
+    put_on(stage.model_copy(update={"layers": {"q_proj": "1-2"}}), fresh(), torch.float32)
 
 
 def test_no_biases_can_be_added_where_the_architecture_knows_none():
@@ -247,7 +282,7 @@ def test_no_biases_can_be_added_where_the_architecture_knows_none():
 def test_the_embedding_can_be_trained(model):
     make_base(model)
     stage = make("full", {"embeddings": "all"})
-    wrapped = train.put_on(stage, fresh(), torch.float32)
+    wrapped = put_on(stage, fresh(), torch.float32)
     run = Run(wrapped, stage, Accelerator())
     losses = [run.step([make_examples(4)], step)["loss"] for step in range(stage.steps)]
     assert losses[-1] < losses[0]

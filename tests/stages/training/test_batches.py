@@ -19,7 +19,8 @@ from stages.project.params import load_params
 from stages.records.lines import Lines, load_split
 from stages.records.tokens import Example, encode
 from stages.training.batches import Encoded, Source, apportion, hash_of, sources
-from stages.training.protection import input_bases
+from stages.training.model import put_on
+from stages.training.protection import REMEMBERED_BATCHES, input_bases, remember_inputs
 from tests.conftest import PARAMS, make_base
 from tests.stages.test_train import make_examples, make_stage, prepare
 
@@ -205,9 +206,9 @@ def test_what_a_stage_remembers_is_of_its_own_examples_whatever_their_name():
     stage, accelerator, examples = make_stage("full", remember=0.9), Accelerator(), make_examples()
     own = Source("replay", examples[:4], 4, 3, 5)
     replayed = Source("replay", examples[4:], 4, 3, 5, replayed=True)
-    model = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
-    found = train.remember_inputs(model, stage, [own, replayed], accelerator)
-    truth = input_bases(model, list(found), [pad(own.batch(step), 0) for step in range(train.REMEMBERED_BATCHES)], 0.9)
+    model = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    found = remember_inputs(model, stage.remember, [own, replayed], accelerator)
+    truth = input_bases(model, list(found), [pad(own.batch(step), 0) for step in range(REMEMBERED_BATCHES)], 0.9)
     assert all(torch.equal(found[name], truth[name]) for name in truth)
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from stages import train
 from stages.errors import MistakeError
 from stages.files import ADAPTER, BASE, read_json, sha256
+from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
 from tests.conftest import PARAMS, make_base, make_outside
+from tests.stages.training.test_loop import run_train
 
 CONFIGS = {
     "rank and alpha patterns": LoraConfig(
@@ -49,7 +51,8 @@ def load_base():
 
 def imported(keys: str = "") -> None:
     """A project whose stage `sums` is the adapter in outside/, pinned, and train it."""
-    Path("data/sums").mkdir(parents=True, exist_ok=True)
+    for dataset in ("sums", "words"):
+        Path("data", dataset).mkdir(parents=True, exist_ok=True)
     Path("data/sums/train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
     start, end = PARAMS.index("    method: lora"), PARAMS.index("  words:\n    parent")
     keys = keys or f"    path: outside\n    sha256: {content(Path('outside'))}\n"
@@ -104,6 +107,29 @@ def test_its_record_tells_where_it_comes_from_and_its_layers(outside):
     assert json.loads(Path("reports/train/sums.curve.json").read_text()) == []
     assert record["dataset_sha256"] == {"sums": sha256([Path("data/sums/train.jsonl")])}
     assert list(record["lineage"]) == ["base"]
+
+
+# Leaves a file for each process that publishes the adapter.
+COUNTED = """
+import os, sys
+from pathlib import Path
+from stages import train
+def counted(*args):
+    Path(f"published{os.environ['RANK']}").touch()
+    return original(*args)
+original, train.import_adapter = train.import_adapter, counted
+train.main(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_publishes(outside):
+    outside(CONFIGS["DoRA"])
+    imported()
+    Path("counted.py").write_text(COUNTED)
+    done = run_train("sums", *TORCHRUN, "2", "counted.py")
+    assert done.wait() == 0, done.stderr.read()
+    assert list(Path().glob("published*")) == [Path("published0")]
 
 
 def test_a_changed_adapter_is_never_taken_for_the_old_one(outside):

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from stages import train
 from stages.errors import MistakeError
 from stages.files import read_json, sha256
+from stages.training import launch
 from tests.conftest import ROOT
 from tests.stages.test_train import prepare, write
 
@@ -20,8 +21,8 @@ from tests.stages.test_train import prepare, write
         ("python", 1, None),
         ("torchrun", 1, None),
         ("", 1, None),
-        ("python", 2, [sys.executable, *train.TORCHRUN, "2"]),
-        ("torchrun", 3, [sys.executable, *train.TORCHRUN, "3"]),
+        ("python", 2, [sys.executable, *launch.TORCHRUN, "2"]),
+        ("torchrun", 3, [sys.executable, *launch.TORCHRUN, "3"]),
         ("python -u", 1, [sys.executable, "-u"]),
         ("torchrun --nproc_per_node 2", 2, ["torchrun", "--nproc_per_node", "2"]),
         (
@@ -34,16 +35,16 @@ from tests.stages.test_train import prepare, write
 def test_a_process_becomes_the_launcher_once(command, processes, words, monkeypatch):
     told = []
     monkeypatch.setattr(os, "execvp", lambda program, words: told.append((program, words)))
-    for name in train.LAUNCHED:
+    for name in launch.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    train.launch("sums", command, processes)
+    launch.launch("sums", command, processes)
     assert told == ([] if words is None else [(words[0], [*words, "-m", "stages.train", "sums"])])
-    train.launch("sums", command, processes)  # what it starts finds its environment
+    launch.launch("sums", command, processes)  # what it starts finds its environment
     assert len(told) == (words is not None)
     for name in ("LOCAL_RANK", "WORLD_SIZE"):  # a launcher that was started by hand
         monkeypatch.setattr(os, "environ", {name: "0"})
-        train.launch("sums", command, processes)
+        launch.launch("sums", command, processes)
     assert len(told) == (words is not None)
 
 
@@ -56,7 +57,7 @@ def test_a_launcher_that_is_not_there_is_told(project, monkeypatch):
 
 def test_a_launcher_that_is_no_command_is_told():
     with pytest.raises(MistakeError, match=r"launch .* is no command \(No closing quotation\); correct it"):
-        train.launch("sums", "accelerate launch 'x", 1)
+        launch.launch("sums", "accelerate launch 'x", 1)
 
 
 def test_a_launcher_that_is_not_known_is_refused(project, monkeypatch):

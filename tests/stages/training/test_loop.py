@@ -18,14 +18,16 @@ from stages.models import losses as losses_module
 from stages.records.tokens import Example
 from stages.training import loop
 from stages.training.batches import Source
+from stages.training.launch import TORCHRUN
 from stages.training.loop import Run, is_stale
+from stages.training.model import put_on
 from tests.conftest import ROOT, kill_once_saved, make_base
 from tests.stages.test_train import make_examples, make_stage, prepare, write
 
 
 def gradient_of(weights, ids=(5, 6, 7, 8, 9)):
     stage = make_stage("full")
-    wrapped = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64), torch.float64)
+    wrapped = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64), torch.float64)
     run = Run(wrapped, stage, Accelerator())
     (run.loss([Example(list(ids), weights)])).backward()
     return torch.cat([p.grad.flatten() for p in run.trained.values()])
@@ -45,7 +47,7 @@ def test_negative_weights_count_by_their_size():
     stage, example = make_stage(), Example([1, 2, 3, 4], [0.0, 1.0, -0.5, 0.0])
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     losses = cross_entropy(plain(torch.tensor([[1, 2, 3]])).logits[0], torch.tensor([2, 3, 4]), reduction="none")
-    run = Run(train.put_on(stage, plain, torch.float32), stage, Accelerator())
+    run = Run(put_on(stage, plain, torch.float32), stage, Accelerator())
     assert run.together([[example]]) == pytest.approx(float((losses[0] - 0.5 * losses[1]) / 1.5), rel=1e-6)
 
 
@@ -55,7 +57,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk, chosen
     make_base("qwen2")
     monkeypatch.setattr(losses_module, "CHUNK", chunk)
     stage = make_stage("full", layers=chosen)
-    wrapped = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    wrapped = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
     run, examples = Run(wrapped, stage, Accelerator()), make_examples()
     found = run.together([examples])
     gradients = torch.cat([p.grad.flatten() for p in run.trained.values()])
@@ -77,7 +79,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         stage = make_stage("lora", gradient_checkpointing=checkpointing)
         torch.manual_seed(0)
-        run = Run(train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32), stage, Accelerator())
+        run = Run(put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32), stage, Accelerator())
         run.together([make_examples()])
         found.append(torch.cat([p.grad.flatten() for p in run.trained.values()]))
     assert torch.allclose(*found, rtol=1e-5, atol=1e-8)
@@ -95,7 +97,7 @@ def test_sources_are_combined_as_torchjd_does(surgery):
     for group in groups:
         torch.manual_seed(0)
         run = Run(
-            train.put_on(make_stage(), AutoModelForCausalLM.from_pretrained(BASE), torch.float32),
+            put_on(make_stage(), AutoModelForCausalLM.from_pretrained(BASE), torch.float32),
             make_stage(),
             Accelerator(),
         )
@@ -103,7 +105,7 @@ def test_sources_are_combined_as_torchjd_does(surgery):
         rows.append(torch.cat([p.grad.flatten() for p in run.trained.values()]))
     torch.manual_seed(0)
     stage = make_stage(surgery=surgery)
-    run = Run(train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32), stage, Accelerator())
+    run = Run(put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32), stage, Accelerator())
     torch.manual_seed(7)
     run.apart(groups)
     found = torch.cat([p.grad.flatten() for p in run.trained.values()])
@@ -117,7 +119,7 @@ def train_with_tuning(work, **settings):
     stage = make_stage("full", steps=60, lr=0.02, **settings)
     examples, tuning = make_examples()[:4], make_examples()[4:]
     torch.manual_seed(0)
-    wrapped = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    wrapped = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
     source = Source("d", examples, 4, 0, 0)
     curve = loop.fit(wrapped, stage, [source], 0, Accelerator(), work, tuning=tuning, title="t")
     return curve, Run(wrapped, stage, Accelerator()), tuning
@@ -188,7 +190,7 @@ def test_two_processes_give_the_curve_of_one(project):
     one = curve_of("sums")
     write(("rank: 4", "rank: 4\n    processes: 2"))
     Path("counted.py").write_text(COUNTED)
-    done = run_train("sums", *train.TORCHRUN, "2", "counted.py")
+    done = run_train("sums", *TORCHRUN, "2", "counted.py")
     assert done.wait() == 0, done.stderr.read()
     assert [Path(f"process{rank}").read_text() for rank in range(2)] == ["MULTI_CPU 2 100"] * 2  # 25 steps of 4 and 4
     assert curve_of("sums") == pytest.approx(one, rel=1e-4) and len(one) == 25

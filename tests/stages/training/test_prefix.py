@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
 from stages.files import BASE
 from stages.methods import METHODS
-from stages.train import put_on
 from stages.training import prefix as prefix_module
 from stages.training.loop import Run
+from stages.training.model import put_on
 from stages.training.prefix import Prefix
 from tests.conftest import ARCHITECTURES, make_base
 from tests.stages.test_train import make_examples

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, write_json
-from stages.train import put_on
 from stages.training.loop import Run
+from stages.training.model import put_on
 from stages.training.quantize import quantize
 from stages.weights.checkpoint import open_stages
 from tests.conftest import ARCHITECTURES, COMMON, make_base

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from stages import train
 from stages.files import CHECKPOINTS
 from stages.methods import METHODS
 from stages.models.layers import linear_modules, select
@@ -21,6 +20,7 @@ from stages.models.losses import pad
 from stages.settings.stage import Training
 from stages.training import loop, resume
 from stages.training.batches import Source
+from stages.training.model import put_on
 from stages.training.protection import input_bases, save_bases
 from stages.training.resume import load_state, random_states, resume_folder, save_state, set_random_states
 from tests.conftest import ROOT, make_base
@@ -48,7 +48,7 @@ def run(case, work, monkeypatch, killed=None):
     keys = {"parent": "base", "dataset": "d", "method": method, "lr": 0.01, "steps": 30, "layers": "1-2"}
     stage = METHODS[method](**keys | ROWS[case].keys)
     torch.manual_seed(0)
-    model = train.put_on(stage, matrix.fresh(), torch.float32)
+    model = put_on(stage, matrix.fresh(), torch.float32)
     step = loop.Run.step
 
     def step_or_die(self, groups, number):

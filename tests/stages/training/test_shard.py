@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from stages import train
 from stages.files import CHECKPOINTS
 from stages.project.params import load_params
+from stages.training.launch import TORCHRUN
+from stages.training.model import load_parent
 from stages.training.protection import BASES
 from tests.stages.test_train import prepare, write
 from tests.stages.training.test_loop import curve_of, run_train
@@ -21,7 +23,8 @@ from pathlib import Path
 from accelerate.utils import DistributedType
 from stages import train
 from stages.project.params import load_params
-train.DIVIDED = (DistributedType.MULTI_CPU,)
+from stages.training import shard
+shard.DIVIDED = (DistributedType.MULTI_CPU,)
 def fit(model, stage, sources, seed, accelerator, *args, **kwargs):
     held = [getattr(p, "_local_tensor", p).numel() for p in model.parameters() if not p.requires_grad]
     Path(f"held{accelerator.process_index}").write_text(str(sum(held)))
@@ -50,7 +53,7 @@ def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, m
     train.main("sums")
     curve, truth = curve_of("sums"), load_file(weights)
     bases = load_file(CHECKPOINTS / "sums" / BASES) if keys else {}
-    frozen = sum(p.numel() for p in train.load_parent(load_params().stages["sums"], torch.float32).parameters())
+    frozen = sum(p.numel() for p in load_parent(load_params().stages["sums"], torch.float32).parameters())
 
     Path("divided.py").write_text(DIVIDED)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -58,7 +61,7 @@ def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, m
     for name, value in fsdp.items():
         monkeypatch.setenv(name, value)
     write(("layers: 2-3", "layers: 2-3\n    processes: 2"))
-    done = run_train("sums", *train.TORCHRUN, "2", "divided.py")
+    done = run_train("sums", *TORCHRUN, "2", "divided.py")
     assert done.wait() == 0, done.stderr.read()
     assert curve_of("sums") == pytest.approx(curve, rel=1e-4)
     found = load_file(weights)

@@ -15,6 +15,7 @@ from stages.models.layers import linear_modules, select
 from stages.models.losses import pad
 from stages.project.params import load_params
 from stages.training.loop import Run
+from stages.training.model import put_on
 from stages.training.protection import BASES, input_bases, save_bases
 from tests.conftest import make_base
 from tests.stages.test_train import make_examples, make_stage, prepare
@@ -66,7 +67,7 @@ def test_protected_inputs_give_what_they_gave(method, architecture):
     def moved(protect):
         stage = make_stage(method, lr=0.05, steps=20, protect=protect)
         torch.manual_seed(0)
-        wrapped = train.put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+        wrapped = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
         run = Run(wrapped, stage, Accelerator())
         for step in range(8):
             run.step([make_examples()[2:]], step)

@@ -1,0 +1,62 @@
+"""Every command of `strata`, whatever has run before it: what is missing is one sentence."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages import base, data
+from tools import cli
+
+MISSING = {  # by command: what an empty folder, a fresh clone and one where the base and the data are ready lack
+    "check": ("params.yaml is missing", None, None),
+    "show sums": ("params.yaml is missing", "checkpoints/base is missing", None),
+    "show sum": ("params.yaml is missing", "datasets has no 'sum'", "datasets has no 'sum'"),
+    "view": ("reports/report.html is missing",) * 3,
+    "compare checkpoints/base merged": (
+        *("checkpoints/base is no model with config.json",) * 2,
+        "merged holds neither model*.safetensors nor adapter_config.json",
+    ),
+    "search": (
+        "params.yaml is missing",
+        "checkpoints/base holds no .safetensors file; run `dvc repro`",
+        "checkpoints/sums holds no trained stage; run `dvc repro train@sums`",
+    ),
+    "provenance merged/model.safetensors": ("merged/model.safetensors is no safetensors file",) * 3,
+    "docs": ("docs/methods.md is missing",) * 3,  # of the three a clone alone has them
+    "serach": ("strata has no command 'serach'; did you mean search?",) * 3,
+}
+
+
+def prepare(state):
+    """Of the project in this folder what there is in a state."""
+    if state == 0:
+        for path in Path().iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if state == 2:
+        base.main()
+        data.main("sums")
+        data.main("words")
+
+
+@pytest.mark.parametrize("state", [0, 1, 2], ids=["empty folder", "nothing run", "half way"])
+def test_what_is_missing_is_one_sentence(project, monkeypatch, state):
+    text = Path("params.yaml").read_text().replace("    eval: 10", "    eval: 10\n    tune: 5")
+    Path("params.yaml").write_text(text)
+    prepare(state)
+    for command, sentences in MISSING.items():
+        monkeypatch.setattr(sys, "argv", ["strata", *command.split()])
+        before = sorted(Path().rglob("*"))
+        if sentences[state] is None:
+            cli.main()
+        else:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            told = str(end.value)
+            assert told.startswith("error: ") and sentences[state] in told and "\n" not in told, command
+        assert sorted(Path().rglob("*")) == before, command
+
+
+def test_every_command_is_tried():
+    assert {command.split()[0] for command in MISSING} == {*cli.COMMANDS, "serach"}
