@@ -43,7 +43,7 @@ def zst(text):
 
 
 def gz(text):
-    return gzip.compress(text.encode())
+    return gzip.compress(text.encode(), mtime=0)
 
 
 Q = [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}]
