@@ -111,14 +111,21 @@ PROJECTS = {
         base={"adapter_size": 12},
         merge={"outputs": ["adapter"]},
         said=("trained elsewhere", "What is left of it in the merge", "No model was stored"),
-        unsaid=("Storing the merged model", "rounding error in the file", '<td>alien</td><td class="sentence">'),
+        unsaid=("Storing the merged model", "lost to rounding in the file", '<td>alien</td><td class="sentence">'),
     ),
     "an import that changes nothing, merged as a delta": Project(
         stages={"zero": {"method": "import", "path": "zeros"}},
         changed={"zero": {}},
         sections={1, 6, 8},
         merge={"outputs": ["delta"]},
-        unsaid=("declared", "lost", "rounding error", "overlap of two stages", "of their size"),
+        unsaid=(
+            "declared",
+            "lost no skill",
+            "lost to rounding",
+            "rounding error",
+            "overlap of two stages",
+            "of their size",
+        ),
     ),
     "embeddings alone": Project(
         stages={"embeddings": stage("full", {"embeddings": "all"})},
