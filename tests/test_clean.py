@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from accelerate.state import AcceleratorState
 
 from analysis import measure, probe
 from analysis.telling import words
-from analysis.telling.answers import ANSWERS
 from analysis.telling.facts import Facts, gather
 from stages import base, data, evaluate, merge, pick, score, train
 from stages.project.params import load_params
@@ -141,8 +139,6 @@ def merge_and_gather(settings: dict[str, Any]) -> Facts:
     evaluate.main()
     probe.main("merged")
     measure.main()
-    columns = ["dataset", "record", "model", "question", "reference", "answer", "score"]
-    pd.DataFrame(columns=columns).to_parquet(ANSWERS)
     return gather(load_params())
 
 

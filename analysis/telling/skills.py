@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MARGIN = 0.1  # of what was learned: a skill is kept where the loss of more is excluded
-LOSS_RISE = 0.05  # of itself: the same of a skill that is told by its loss
+LOSS_RISE = 0.05  # of itself: the same of a guard that is told by its loss, for nothing of it was learned
 
 WORSE, KEPT, UNCLEAR = "worse", "kept", "unclear"
 
@@ -47,21 +47,24 @@ class Change:
         return self.verdict == WORSE
 
 
-def judge(compared: dict[str, Any], base: float) -> str:
+def judge(compared: dict[str, Any], base: float | None) -> str:
     """Whether a skill was kept or got worse, or whether that is unclear.
 
-    KEPT: the 95 % interval of the difference excludes the loss of more than MARGIN of what the skill had over the base;
-    of a skill that is told by its loss, a rise by more than LOSS_RISE. WORSE: it excludes no loss at all too, and where
-    answers are right or wrong, so does McNemar's exact test.
+    KEPT: the 95 % interval of the difference excludes the loss of more than MARGIN of what was learned; of a guard, of
+    more than MARGIN of what the base has, or a rise of its loss by more than LOSS_RISE. WORSE: it excludes no loss at
+    all too, and where answers are right or wrong, so does McNemar's exact test.
 
     Args:
         compared: one of the comparisons of reports/evaluation.json.
-        base: what the base has in place of `before`.
+        base: what the base has in place of `before`; None of a guard, where `before` is the base's.
     """
     low, high = compared["interval"]
     is_loss = compared["measure"] == "loss"
     most = high if is_loss else -low
-    allowed = LOSS_RISE * compared["before"] if is_loss else MARGIN * (compared["before"] - base)
+    if base is None:
+        allowed = (LOSS_RISE if is_loss else MARGIN) * compared["before"]
+    else:
+        allowed = MARGIN * (compared["before"] - base) * (-1 if is_loss else 1)
     if most <= allowed:
         return KEPT
     return WORSE if compared["clear"] and _is_worse(compared) else UNCLEAR
@@ -109,7 +112,7 @@ def guarded(evaluation: dict[str, Any], guards: list[str]) -> list[Change]:
             before=each["before"],
             after=each["after"],
             measure=each["measure"],
-            verdict=judge(each, 0.0),
+            verdict=judge(each, None),
             at_stake=bool(each["before"]),
             questions=evaluation["questions"][each["dataset"]],
             needed=each["needed"],

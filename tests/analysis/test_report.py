@@ -203,10 +203,15 @@ def compared(difference, low, high, measure="accuracy", before=0.8, clear=True):
         (compared(-0.02, -0.07, 0.03, clear=False), 0.2, "unclear"),  # 0.06 are a tenth of what was learned
         (compared(-0.03, -0.05, -0.01), 0.0, "kept"),  # worse, but by less than a tenth
         (compared(0.1, 0.05, 0.15), 0.0, "kept"),
-        (compared(0.1, 0.08, 0.12, "loss", 1.0), 3.0, "worse"),
-        (compared(0.04, 0.03, 0.05, "loss", 1.0), 3.0, "kept"),
-        (compared(0.04, -0.03, 0.11, "loss", 1.0, clear=False), 3.0, "unclear"),
+        (compared(0.3, 0.25, 0.35, "loss", 1.0), 3.0, "worse"),
+        (compared(0.15, 0.1, 0.2, "loss", 1.0), 3.0, "kept"),
+        (compared(0.15, -0.03, 0.25, "loss", 1.0, clear=False), 3.0, "unclear"),
+        (compared(0.21, 0.19, 0.23, "loss", 4.60), 4.89, "worse"),  # most of what was learned is gone
         (compared(-0.5, -0.6, -0.4, "loss", 1.0), 3.0, "kept"),
+        (compared(0.1, 0.08, 0.12, "loss", 1.0), None, "worse"),  # a guard, of which nothing was learned
+        (compared(0.04, 0.03, 0.05, "loss", 1.0), None, "kept"),
+        (compared(-0.05, -0.09, -0.01), None, "worse"),
+        (compared(-0.02, -0.07, 0.03, clear=False), None, "kept"),
     ],
 )
 def test_kept_worse_and_unclear(each, base, verdict):
