@@ -30,7 +30,7 @@ def main() -> None:
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
         ) from None
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):  # type: ignore[arg-type]
         raise MistakeError(
             f"params.yaml: base.model {settings.model!r} has a tokenizer of {len(tokenizer)} tokens and embeddings of"
             f" {rows}; remove the tokens that were added to it, or resize the model's embeddings"
@@ -75,7 +75,7 @@ def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBas
         ends = [*ends, tokenizer.eos_token_id]
     with suppress(MistakeError):  # a base that is not asked in chats needs no template
         if end := Chat([], tokenizer).end[0]:
-            ends = [*ends, tokenizer.convert_tokens_to_ids(end)]
+            ends = [*ends, tokenizer.get_vocab()[end]]
     return sorted(set(ends))
 
 

@@ -79,7 +79,7 @@ def generate(
             output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
             for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
                 spoken = itertools.takewhile(lambda token: token not in stops, ids)
-                answers[i] = tokenizer.decode(list(spoken), skip_special_tokens=True).strip()
+                answers[i] = str(tokenizer.decode(list(spoken), skip_special_tokens=True)).strip()
     return answers
 
 
