@@ -9,6 +9,7 @@ cause, and layers of a stage are taken away, to see which carry its skill. Write
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def probe_base(base: Checkpoint, texts: list[torch.Tensor], activations: list[Ac
 def floor(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activations]) -> dict[str, Any]:
     """Drift and divergence between the base in float32 and in bfloat16: what running with fewer digits alone makes.
 
-    Of attention it is that of the head that moves most.
+    Of attention it is that of the head that moves most; NaN where there is none.
 
     Args:
         base: is run once more, in the other dtype.
@@ -163,8 +164,9 @@ def floor(base: Checkpoint, texts: list[torch.Tensor], activations: list[Activat
     pairs = list(zip(activations, watch(other, texts, LENS_FROM["off"]), strict=True))
     lens = torch.stack([lens_divergence(*pair) for pair in pairs]).mean(0)
     drifts = torch.stack([drift(*pair) for pair in pairs]).mean(0)
-    attention = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0)
-    return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1]), "attention": float(attention.max())}
+    heads = torch.stack([attention_divergence(*pair) for pair in pairs]).mean(0).flatten()
+    most = max(heads[~heads.isnan()].tolist(), default=math.nan)
+    return {"drift": drifts.tolist(), "lens": lens.tolist(), "kl": float(lens[-1]), "attention": most}
 
 
 def ablate(stage: VirtualCheckpoint, layers: list[int], bounds: Evaluate) -> list[dict[str, Any]]:

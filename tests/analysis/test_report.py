@@ -528,14 +528,14 @@ def test_what_is_within_the_noise_of_running_is_not_told(project):
     project.evaluation()
     facts = project.facts()
     (merged,) = [row for row in contents(facts, PICTURES)["behaviour"] if row["name"] == "merged"]
-    assert merged["early"] == 0.5 and merged["moved_most"] == "layer 0, head 2"
+    assert merged["early"] == 0.5 and merged["attention"]["moved_most"] == "layer 0, head 2"
     noisy = facts.probe | {"floor": facts.probe["floor"] | {"kl": 0.3, "attention": 0.3}}
     (merged,) = [
         row
         for row in contents(dataclasses.replace(facts, probe=noisy), PICTURES)["behaviour"]
         if row["name"] == "merged"
     ]
-    assert merged["early"] is None and merged["moved_most"] == NOTHING
+    assert merged["early"] is None and merged["attention"]["moved_most"] == NOTHING
 
 
 def test_one_stage_alone_is_no_guess(project):
@@ -568,9 +568,9 @@ def test_how_to_ask_is_told_where_it_is_not_as_one_asks_a_chat_model(project):
     page = render("report.html", contents(project.facts(), PICTURES))
     assert "In plain text, and not in the base's chat format" not in page
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("path: words.jsonl,", "path: words.jsonl, format: plain,"))
+    Path("params.yaml").write_text(text.replace("path: names.jsonl,", "path: names.jsonl, format: plain,"))
     page = render("report.html", contents(project.facts(), PICTURES))
-    assert "In plain text, and not in the base's chat format, are asked: words." in page
+    assert "In plain text, and not in the base's chat format, are asked: names." in page
 
 
 def test_what_the_training_did_to_a_guard_is_told(project):

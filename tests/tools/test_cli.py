@@ -18,6 +18,8 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         *("checkpoints/base is no model with config.json",) * 2,
         "merged holds neither model*.safetensors nor adapter_config.json",
     ),
+    "answers sums": ("params.yaml is missing", *("reports/answers.parquet is missing",) * 2),
+    "gate": ("params.yaml is missing", *("reports/evaluation.json is missing; run `dvc repro`",) * 2),
     "search": (
         "params.yaml is missing",
         "checkpoints/base holds no .safetensors file; run `dvc repro`",

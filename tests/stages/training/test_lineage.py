@@ -136,7 +136,7 @@ def change_dtype(_):
 
 
 def change_template(_):
-    (BASE / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (BASE / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
 def change_device(monkeypatch):
