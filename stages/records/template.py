@@ -164,12 +164,12 @@ def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
     """The record as a chat; None where it is a text or is asked for in plain text.
 
     A prompt and its completion are one question and its answer where the base has a chat template: that is how a
-    model that has one is asked. Spaces at their ends are left out.
+    model that has one is asked. The prompt is said as it is; spaces at the ends of the answer are left out.
     """
     messages = record.get("messages")
     if "prompt" in record and record.get("format", "chat" if tokenizer.chat_template else "plain") == "chat":
         messages = [
-            {"role": "user", "content": record["prompt"].strip(), "weight": record.get("prompt_weight")},
+            {"role": "user", "content": record["prompt"], "weight": record.get("prompt_weight")},
             {"role": "assistant", "weight": record.get("weight")} | _stripped(record["completion"], spans_of(record)),
         ]
     if messages is None:

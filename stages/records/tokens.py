@@ -73,7 +73,10 @@ def turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
         return [Turn(Example([], []), Example(record["input_ids"], list(map(float, record["loss_weights"]))))]
     if chat := as_chat(record, tokenizer):
         return [_turn(*pair, [], tokenizer, end=chat.end[0] is None) for pair in chat.answers()]
-    prompt = Text(record.get("prompt", ""), weight_of(record, "prompt_weight", 0.0))
+    asked = record.get("prompt", "")
+    if "task" in record:  # the answer to a generated question is on a line of its own
+        asked = f"{asked.rstrip()}\n"
+    prompt = Text(asked, weight_of(record, "prompt_weight", 0.0))
     text = record["completion"] if "prompt" in record else record["text"]
     learned = Text(text, weight_of(record, "weight", 1.0), spans_of(record))
     first = tokenizer("")["input_ids"][:1]  # the beginning-of-text token, where the tokenizer puts one before a text

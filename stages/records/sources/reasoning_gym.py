@@ -47,7 +47,7 @@ class ReasoningGym(Single):
         kept = self._find_storage(entries[:TRIED], where)
         rows = [
             {
-                "prompt": entry["question"].rstrip() + "\n",
+                "prompt": entry["question"],
                 "completion": str(entry["answer"]),
                 "task": self.task,
                 "entry": json.loads(json.dumps(kept(entry), default=str)),

@@ -133,9 +133,7 @@ def asked(tokenizer, messages, **keywords):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize(
-    "record", [CHAT, {"prompt": f"{QUESTION}\n", "completion": f" {ANSWER}"}], ids=["chat", "pair"]
-)
+@pytest.mark.parametrize("record", [CHAT, {"prompt": QUESTION, "completion": f" {ANSWER} "}], ids=["chat", "pair"])
 def test_what_is_learned_is_the_answer_to_what_is_asked(name, record, tokenizer):
     tokenizer.chat_template, answer, end = TEMPLATES[name]
     (example,) = encode(record, tokenizer, None)

@@ -101,7 +101,7 @@ def test_nothing_is_put_before_a_text_of_the_default_base():
         ({"prompt": "ab", "completion": "cd", "weight": -1, "format": "plain"}, "abcd$", "00---"),
         ({"prompt": "ab", "completion": "cd", "spans": [[1, 2, 3]], "format": "plain"}, "abcd$", "00131"),
         ({"prompt": "", "completion": "cd", "weight": 2, "prompt_weight": 1, "format": "plain"}, "$cd$", "0222"),
-        ({"prompt": " ab\n", "completion": "cd", "prompt_weight": 0.5}, "<u>ab$<a>cd$", "000hhh000111"),
+        ({"prompt": " ab", "completion": "cd", "prompt_weight": 0.5}, "<u> ab$<a>cd$", "000hhhh000111"),
         ({"prompt": "ab", "completion": " cd ", "spans": [[0, 2, 3]]}, "<u>ab$<a>cd$", "000000000311"),
         (chat(("u", "qq", {}), ("a", "rr", {"weight": 2})), "<u>qq$<a>rr$", "000000000222"),
         (chat(("u", "qq", {"weight": 0.5}), ("a", "rr", {})), "<u>qq$<a>rr$", "000hhh000111"),
