@@ -7,12 +7,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
-from stages.files import BASE, publish, sha256, write_json
+from stages.files import BASE, DATA, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
 from stages.project.check import load_checked, refuse_layers_outside, refuse_misfits
-from stages.records.template import Chat
+from stages.project.params import Params
+from stages.records.lines import Lines
+from stages.records.template import Chat, check_template
 
 
 def main() -> None:
@@ -30,11 +32,8 @@ def main() -> None:
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
         ) from None
-    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):  # type: ignore[arg-type]
-        raise MistakeError(
-            f"params.yaml: base.model {settings.model!r} has a tokenizer of {len(tokenizer)} tokens and embeddings of"
-            f" {rows}; remove the tokens that were added to it, or resize the model's embeddings"
-        )
+    if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):  # type: ignore[arg-type]
+        tokenizer.pad_token = tokenizer.eos_token  # one was added that the embeddings have no row for
     refuse_layers_outside(params, model.config.num_hidden_layers)
     forget_quantisation(model)
     if settings.add_biases:
@@ -44,7 +43,10 @@ def main() -> None:
     if settings.adapter_size:
         model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
     refuse_misfits(params, model)
-    model.generation_config.eos_token_id = stop_tokens(model.generation_config.eos_token_id, tokenizer)
+    config = model.generation_config
+    config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
+    if config.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
+        config.do_sample = False
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -63,6 +65,20 @@ def main() -> None:
         }
         describe(model).write(folder)
         write_json(folder / "stage.json", record)
+    check_chats(params)
+
+
+def check_chats(params: Params) -> None:
+    """Hold the chats of datasets that are there already against this base's chat template.
+
+    Raises:
+        MistakeError: it refuses one, whose file and line are named.
+    """
+    for name in params.datasets:
+        for path in sorted((DATA / name).glob("*.jsonl")):
+            lines = Lines(path)
+            for place, record in enumerate(lines):
+                check_template(record, lines.where(place))
 
 
 def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

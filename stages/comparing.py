@@ -12,6 +12,7 @@ DRAWS = 2000
 AT_ONCE = 50  # draws in memory
 LEVEL = 0.95
 POWER = 0.8
+FEWEST = 6  # records of which chance makes all better, or all worse, in less than one of twenty cases (2 / 2⁶)
 
 Interval = list[float]  # its low and its high end
 
@@ -69,9 +70,12 @@ def compare(first: Scores, second: Scores) -> Comparison:
     draws = _resample([first, second], imagined)
     difference = second.mean - first.mean
     exact = first.measure == "accuracy"
+    interval = _ends(draws[:, 1] - draws[:, 0])
+    if len(first.values) < FEWEST:  # of one record a bootstrap has no width
+        interval = [difference - first.mean - second.mean, difference + first.mean + second.mean]
     return Comparison(
         difference,
-        _ends(draws[:, 1] - draws[:, 0]),
+        interval,
         exact_p(int((first.values > second.values).sum()), int((first.values < second.values).sum()))
         if exact
         else None,

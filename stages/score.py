@@ -4,12 +4,13 @@ Writes reports/answers/NAME.parquet: every record of every evaluation split, wit
 """
 
 import sys
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from stages.errors import run
+from stages.errors import MistakeError, placed, run
 from stages.files import ANSWERS, PICKED, read_json, rounded, write_table
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.models.scoring import score
@@ -39,13 +40,16 @@ def main(name: str) -> None:
     records = {dataset: load_split(dataset, "eval") for dataset in chosen}
     scorers = {dataset: scorers_of(dataset, chosen[dataset], records[dataset]) for dataset in chosen}
     model, tokenizer = load_model(open_model(name), compute_dtype(), device()), load_tokenizer()
-    rows = [
-        {"dataset": dataset, "record": number, **row}
-        for dataset in tqdm(chosen, desc=f"score {name}", unit="dataset", dynamic_ncols=True)
-        for number, row in enumerate(
-            score(model, tokenizer, records[dataset], scorers[dataset], params.evaluate), start=1
-        )
-    ]
+    rows: list[dict[str, Any]] = []
+    for dataset in tqdm(chosen, desc=f"score {name}", unit="dataset", dynamic_ncols=True):
+        with placed(f"params.yaml: datasets.{dataset}: "):
+            found = score(model, tokenizer, records[dataset], scorers[dataset], params.evaluate)
+        if not any(row["weight"] for row in found):
+            raise MistakeError(
+                f"params.yaml: datasets.{dataset} has no evaluation record of which base.model reads what counts; take"
+                " shorter ones"
+            )
+        rows += [{"dataset": dataset, "record": number, **row} for number, row in enumerate(found, start=1)]
     table = pd.DataFrame(rounded(rows), columns=list(COLUMNS)).astype(COLUMNS)
     write_table(ANSWERS / f"{name}.parquet", table)
 

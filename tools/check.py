@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
 from stages.files import BASE, DATA, read_json
-from stages.project.check import check_against_base, load_checked
+from stages.project.check import check_against_base, datasets_to_make, load_checked
 from stages.project.params import PARAMS
 from stages.records.lines import load_split
 from stages.records.record import Record, answer
@@ -30,7 +30,8 @@ def main() -> None:
             f"threads: auto is {params.thread_count} on this machine. A machine with another number gets other last"
             " digits, and DVC takes both for the same result; pin a number to share results bit for bit."
         )
-    made = [name for name in params.datasets if (DATA / name).is_dir()]
+    left = datasets_to_make(params)
+    made = [name for name in params.datasets if name not in left and (DATA / name).is_dir()]
     if BASE.is_dir() and made:
         from transformers import AutoTokenizer
 

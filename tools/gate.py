@@ -62,7 +62,7 @@ def rule_guard(evaluation: dict[str, Any], name: str, gate: Gate) -> Ruling:
         f"{name}'s {found['measure']} went from {found['before']:.3g} to {found['after']:.3g}, {change:+.1%}"
         f" ({low:+.1%} to {high:+.1%}); {allowed:+.1%} is allowed"
     )
-    if allowed > 0:
+    if found["measure"] == "loss":
         return Ruling(_verdict(high <= allowed, low > allowed), text)
     return Ruling(_verdict(low >= allowed, high < allowed), text)
 

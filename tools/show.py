@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.errors import MistakeError
 from stages.files import BASE, DATA, REPORTS, read_json
+from stages.project.check import datasets_to_make
 from stages.project.params import load_params
 from stages.records.lines import load_split
 from stages.records.record import Record
@@ -50,7 +51,10 @@ def main(name: str, count: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    records, report = _training(dataset, name, settings.seed, count)
+    if name in settings.selections or name not in datasets_to_make(settings):
+        records, report = _made(name, count)
+    else:
+        records, report = _training(dataset, name, settings.seed, count)
     for line in told(dataset, report):
         print(line)
     found = [(record, example) for record in records for example in encode(record, tokenizer, None)]
@@ -104,11 +108,14 @@ def summary(examples: list[Example]) -> str:
     return f"{tokens} tokens, {learned} of them supervised ({100 * learned / tokens:.0f} %)"
 
 
+def _made(name: str, count: int) -> tuple[list[Record], dict[str, Any]]:
+    """The first training records and what was found, as the data stage left them."""
+    report = REPORTS / "data" / f"{name}.json"
+    return list(islice(load_split(name, "train"), count)), read_json(report)[name] if report.exists() else {}
+
+
 def _training(dataset: Source, name: str, seed: int, count: int) -> tuple[list[Record], dict[str, Any]]:
-    """The first training records and what was found, as the data stage left them, or made here if it has not run."""
-    if (DATA / name).is_dir():
-        report = REPORTS / "data" / f"{name}.json"
-        return list(islice(load_split(name, "train"), count)), read_json(report)[name] if report.exists() else {}
+    """The same, of a dataset that the data stage has still to make as params.yaml says it now."""
     splits = dataset.splits(name, seed, f"params.yaml: datasets.{name}")
     for part in ("eval", "tune"):
         deque(splits.parts[part], maxlen=0)  # a stream gives them first

@@ -44,7 +44,7 @@ def score(
     asked = [i for i, row in enumerate(rows) if row["reference"] is not None and scorers[i] != "loss"]
     if asked:
         names, questions = [scorers[i] for i in asked], [records[i] for i in asked]
-        answers = generate(model, tokenizer, questions, bounds)
+        answers = generate(model, tokenizer, questions, bounds, whole=set(names) != {"exact"})
         scores = score_answers(names, answers, questions)
         for i, name, text, value in zip(asked, names, answers, scores, strict=True):
             rows[i] |= {"answer": text, "scorer": name, "score": value}
@@ -53,16 +53,24 @@ def score(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], bounds: Evaluate
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    bounds: Evaluate,
+    whole: bool = False,
 ) -> list[str]:
-    """Greedy answers, each as long as the longest reference allows and at most `max_new_tokens`.
+    """Greedy answers of at most `max_new_tokens`, and no longer than the longest reference unless they are to be whole.
+
+    One that is longer is not the reference, so that `exact` needs no more of it; other scorers look for something in
+    an answer, and count what there is too much.
 
     Of the base's generation config the tokens that end an answer have a say and nothing else has: a penalty for
     repetition in it would change every answer.
     """
     asked = [turns(record, tokenizer)[-1] for record in records]
     stops = stop_tokens(model, tokenizer)
-    most = min(max(len(turn.answered.ids) for turn in asked), bounds.max_new_tokens)
+    longest = max(len(turn.answered.ids) for turn in asked)
+    most = bounds.max_new_tokens if whole else min(longest, bounds.max_new_tokens)
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     answers = [""] * len(records)
     with _without_config(model):

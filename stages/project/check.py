@@ -40,10 +40,9 @@ def load_checked() -> Params:
     for section in TRACKED:
         if section not in params.model_fields_set:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
-    made = _made()
-    for name in _to_make("datasets", params.datasets, DATA, made):
+    for name in datasets_to_make(params):
         _try_dataset(params.datasets[name], f"{PARAMS}: datasets.{name}")
-    for name in _to_make("stages", params.stages, CHECKPOINTS, made):
+    for name in _to_make("stages", params.stages, CHECKPOINTS):
         with placed(f"{PARAMS}: stages.{name}."):
             params.stages[name].try_out()
     return params
@@ -96,8 +95,14 @@ def _made() -> dict[str, Any]:
     return {key: value for section in read for key, value in section.items()}
 
 
-def _to_make(section: str, settings: dict[str, Any], folder: Path, made: dict[str, Any]) -> Iterator[str]:
+def datasets_to_make(params: Params) -> list[str]:
+    """Datasets that DVC has still to make, or to make anew since params.yaml says something else of them."""
+    return list(_to_make("datasets", params.datasets, DATA))
+
+
+def _to_make(section: str, settings: dict[str, Any], folder: Path) -> Iterator[str]:
     """Names in a section of what DVC has still to make; what the rest was made from may be on another machine."""
+    made = _made()
     for name, each in settings.items():
         given = each.model_dump(exclude_unset=True)
         if made.get(f"{section}.{name}", given if (folder / name).is_dir() else None) != given:

@@ -28,11 +28,14 @@ Choice = dict[str, str]  # `scorer`, `why`, and for a function of the user's own
 Score = Callable[[str, str, Record], Any]  # of an answer and its reference; a function of the user's gives anything
 
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-# One mark is a sign only where no operand is before it. Digits in groups of three may be apart by a comma or a space.
+# One mark is a sign only where no operand is before it. Groups of three digits may be apart by a comma or a no-break
+# space.
 NUMBER = re.compile(
     r"(?:(?<![\w)])[-+−])?(?:(?:\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
 )
-OPTION = re.compile(r"\b(?:answer(?:\s+is|\s*:)|option\b|choice\b)\W*(\w+)", re.IGNORECASE)
+UNCLEAR = re.compile(r"\d[:/]\d|\d,\d{1,2}(?!\d)|\d,\d{4}")  # a time, a fraction, a decimal comma
+OPTION = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(?:option\b)?\W*(\w+)", re.IGNORECASE)
+LETTER = re.compile(r"(?<![A-Za-z\d])([A-Za-z]|\d+)(?![A-Za-z\d])|\b([^\W\d_])\b")
 
 
 def exact(said: str, reference: str, _: Record) -> float:
@@ -42,8 +45,10 @@ def exact(said: str, reference: str, _: Record) -> float:
 
 def contains(said: str, reference: str, _: Record) -> float:
     """Whether the reference is in the answer, in upper or lower case; a number not as a part of another."""
-    part = re.escape(_normal(reference).casefold())
-    return float(bool(re.search(rf"(?<!\d)(?<!\d[.,]){part}(?![.,]?\d)", _normal(said).casefold())))
+    wanted = _normal(reference).casefold()
+    before = r"(?<!\d)(?<!\d[.,])" if wanted[:1].isdigit() else ""
+    after = r"(?![.,]?\d)" if wanted[-1:].isdigit() else ""
+    return float(bool(re.search(f"{before}{re.escape(wanted)}{after}", _normal(said).casefold())))
 
 
 def number(said: str, reference: str, _: Record) -> float:
@@ -53,9 +58,13 @@ def number(said: str, reference: str, _: Record) -> float:
 
 
 def choice(said: str, reference: str, _: Record) -> float:
-    """Whether the answer names the option of the reference: first, or after "answer is", "answer:" or "option"."""
+    """Whether the answer names the option of the reference, a letter, number or word.
+
+    It is what follows "answer", "option" or "choice", else the first letter or number that stands alone, if the
+    reference's is one, else the first word.
+    """
     wanted = _option(reference)
-    return float(wanted is not None and _option(said) == wanted)
+    return float(wanted is not None and _option(said, len(wanted) == 1 or wanted.isdigit()) == wanted)
 
 
 def task(said: str, _: str, record: Record) -> float:
@@ -145,6 +154,8 @@ def choose(name: str, pin: str | None, records: Iterable[Record], where: str) ->
         raise MistakeError(
             f"{where}.score_sha256 is not that of {_file(name)}; if it was meant to change, write {found}"
         )
+    reference = without_thinking(str(answer(asked[0])))
+    _guarded(name)(reference, reference, asked[0])
     return chosen | {"sha256": found}
 
 
@@ -215,9 +226,9 @@ def _last_number(text: str) -> Decimal | None:
     return Decimal(re.sub("[,\u00a0\u202f]", "", found[-1]).replace("−", "-")) if found else None
 
 
-def _option(text: str) -> str | None:
-    found = OPTION.search(text) or re.search(r"(\w+)", text)
-    return _normal(found[1]).casefold() if found else None
+def _option(text: str, stands_alone: bool = True) -> str | None:
+    found = OPTION.search(text) or (LETTER.search(text) if stands_alone else None) or re.search(r"(\w+)", text)
+    return _normal(next(filter(None, found.groups()))).casefold() if found else None
 
 
 class _Words:
@@ -254,13 +265,20 @@ def _refuse_unfit(name: str, asked: Sequence[Record], where: str) -> None:
     """Refuse a scorer by which not even a reference would be right."""
     if name == "task" and not all(map(_is_task, asked)):
         raise MistakeError(f"{where}.score is 'task', but its records are of no task that scores answers; write auto")
-    if name in ("number", "choice"):
-        find = _last_number if name == "number" else _option
-        for text in (without_thinking(str(answer(record))) for record in asked):
-            if find(text) is None:
-                raise MistakeError(
-                    f"{where}.score is {name!r}, but the answer {text[:40]!r} holds none; choose another"
-                )
+    if name not in ("number", "choice"):
+        return
+    find = _last_number if name == "number" else _option
+    references = [without_thinking(str(answer(record))) for record in asked]
+    for text in references:
+        if find(text) is None:
+            raise MistakeError(f"{where}.score is {name!r}, but the answer {text[:40]!r} holds none; choose another")
+        if name == "number" and UNCLEAR.search(text):
+            raise MistakeError(
+                f"{where}.score is 'number', but the answer {text[:40]!r} is not read in one way; write decimals with a"
+                " point, or choose exact"
+            )
+    if name == "choice" and len(asked) > 1 and len(set(map(_option, references))) == 1:
+        raise MistakeError(f"{where}.score is 'choice', but all answers name one option; choose another")
 
 
 def _file(name: str) -> Path:

@@ -26,7 +26,27 @@ if TYPE_CHECKING:
 
 MARK = "\ufffc"  # stands in for a message, to see where a chat template puts it
 TODAY = datetime(2025, 1, 1)  # for templates that write a date: what is learned must not depend on the day
-DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+CODES = (
+    "%d",
+    "%m",
+    "%Y",
+    "%y",
+    "%B",
+    "%b",
+    "%A",
+    "%a",
+    "%H",
+    "%I",
+    "%M",
+    "%S",
+    "%p",
+    "%j",
+    "%e",
+    "%-d",
+    "%-m",
+    "%F",
+    "%T",
+)
 THINK, THOUGHT = "<think>", "</think>"
 
 
@@ -202,8 +222,14 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=8)
 def dated(template: str) -> str:
-    """The template with TODAY for the dates that it would write."""
-    return DATE.sub(lambda found: repr(TODAY.strftime(found[2])), template)
+    """The template with a macro of its own in place of the function that tells the day: it always tells TODAY.
+
+    Transformers gives a template no function of ours; a macro of that name hides its own.
+    """
+    if "strftime_now" not in template:
+        return template
+    told = "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for code in CODES)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{told} }}}}{{%- endmacro %}}{template}"
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,7 @@
 """Every way to name a base model."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -66,8 +67,9 @@ def test_the_generation_config_stops_at_all_that_ends_an_answer(project, templat
     path = Path("model/generation_config.json")
     write_json(path, read_json(path) | config)
     base.main()
-    assert read_json(BASE / "generation_config.json") | {"eos_token_id": config["eos_token_id"]} == read_json(path)
-    assert read_json(BASE / "generation_config.json")["eos_token_id"] == stops
+    found = read_json(BASE / "generation_config.json")
+    assert found["eos_token_id"] == stops and found["do_sample"] is False
+    assert found.get("repetition_penalty") == config.get("repetition_penalty")
 
 
 def test_layers_that_the_new_model_does_not_have_are_told_before_training(project):
@@ -95,11 +97,31 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
     assert not BASE.exists()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_one_sentence(project):
+def test_a_token_for_padding_that_the_model_does_not_have_is_replaced(project):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained("model")
-    with pytest.raises(MistakeError, match=r"has a tokenizer of 129 tokens and embeddings of 128; remove the tokens"):
+    base.main()
+    assert AutoTokenizer.from_pretrained(BASE).pad_token_id == 0
+
+
+def test_chats_that_a_new_base_refuses_are_told_with_their_line(project):
+    chats = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": f"{i}"},
+                           {"role": "assistant", "content": "a"}]} for i in range(3)]  # fmt: skip
+    Path("data/chats").mkdir(parents=True)
+    Path("data/chats/train.jsonl").write_text("\n" + "".join(json.dumps(chat) + "\n" for chat in chats))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    )
+    tokenizer.save_pretrained("model")
+    text = (
+        Path("params.yaml").read_text().replace("datasets:\n", "datasets:\n  chats: {source: file, path: c, eval: 1}\n")
+    )
+    Path("params.yaml").write_text(text)
+    sentence = r"^data/chats/train.jsonl line 2 has a chat that the chat template of base.model refuses \(no system\)"
+    with pytest.raises(MistakeError, match=sentence):
         base.main()
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from stages import evaluate
 from stages.errors import MistakeError
-from stages.files import rounded, write_json
+from stages.files import read_json, rounded, write_json
 from stages.project.params import load_params
+from stages.settings.gate import Gate
 from tools import gate
 
 GENERAL = "  general:\n    source: file\n    path: general.jsonl\n    train: 0\n    eval: 40\n"
@@ -79,3 +80,10 @@ def test_the_interval_decides(project, capsys, measured, line):
 def test_without_an_evaluation_there_is_a_sentence(project):
     with pytest.raises(MistakeError, match=r"reports/evaluation.json is missing; run `dvc repro`"):
         gate.main()
+
+
+@pytest.mark.parametrize(("after", "verdict"), [(1.9, "passes"), (2.6, "fails")])
+def test_nothing_may_be_lost(project, after, verdict):
+    measure(100, 0.8, 0.8, (2.0, after), "loss")
+    ruling = gate.rule_guard(read_json(Path("reports/evaluation.json")), "general", Gate(lost=0))
+    assert ruling.verdict == verdict

@@ -154,3 +154,14 @@ def test_every_record_has_its_loss_and_what_is_asked_its_answer():
         assert row["loss"] / row["weight"] == pytest.approx(alone, rel=1e-5)
     (alone,) = scoring.generate(model, tokenizer, [records[3]], Evaluate())
     assert rows[3]["answer"][: len(alone)] == alone or alone.startswith(rows[3]["answer"])
+
+
+def test_an_answer_is_whole_where_something_is_looked_for_in_it():
+    model, tokenizer = make_model()
+    record = {"prompt": "aaa", "completion": "z"}
+    bounds = Evaluate(max_new_tokens=12)
+    whole = greedy(model, tokenizer, record, 12)
+    for scorer, length in (("exact", 2), ("contains", 12), ("chrf", 12)):
+        (row,) = scoring.score(model, tokenizer, [record], [scorer], bounds)
+        assert row["answer"] == greedy(model, tokenizer, record, length), scorer
+    assert len(whole) > len(greedy(model, tokenizer, record, 2))

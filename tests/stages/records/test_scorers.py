@@ -73,6 +73,16 @@ RIGHT = [  # scorer, answer, reference, whether it is right
     ("choice", "No", "yes", False),
     ("choice", "Б", "б", True),
     ("choice", "…", "B", False),
+    ("choice", "The correct option is B", "B", True),
+    ("choice", "The answer is: option B", "B", True),
+    ("choice", "Ответ: В", "Ответ: Б", False),
+    ("choice", "Ответ: Б", "Б", True),
+    ("choice", "Answer C", "Answer B", False),
+    ("choice", "Antwort: C", "Antwort: B", False),
+    ("choice", "答案是B。", "B", True),
+    ("choice", "No, A is wrong", "no", True),
+    ("contains", "GPT4 and 5km", "GPT", True),
+    ("contains", "GPT4 and 5km", "km", True),
 ]
 
 
@@ -197,6 +207,10 @@ def test_a_function_of_ones_own_sees_the_record():
         ("chrf", None, [{"text": "once"}], "here.score is 'chrf', but no record has an answer to compare with; remove"),
         ("task", None, records("b"), "here.score is 'task', but its records are of no task"),
         ("number", None, records("4", "four"), "here.score is 'number', but the answer 'four' holds none; choose"),
+        ("number", None, records("2,5"), "here.score is 'number', but the answer '2,5' is not read in one way; write"),
+        ("number", None, records("1/3"), "here.score is 'number', but the answer '1/3' is not read in one way"),
+        ("number", None, records("at 4:30"), "the answer 'at 4:30' is not read in one way"),
+        ("choice", None, records("A dog", "A cat"), "here.score is 'choice', but all answers name one option"),
         ("choice", None, records("…"), "here.score is 'choice', but the answer '…' holds none"),
         ("none:half", None, records("b"), "here.score is 'none:half', but there is no file none.py; write it"),
         ("in.none:half", None, records("b"), "but there is no file in/none.py"),
