@@ -7,14 +7,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
-from stages.files import BASE, DATA, publish, sha256, write_json
+from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
-from stages.project.check import load_checked, refuse_layers_outside, refuse_misfits
-from stages.project.params import Params
-from stages.records.lines import Lines
-from stages.records.template import Chat, check_template
+from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
+from stages.records.template import Chat
 
 
 def main() -> None:
@@ -65,20 +63,7 @@ def main() -> None:
         }
         describe(model).write(folder)
         write_json(folder / "stage.json", record)
-    check_chats(params)
-
-
-def check_chats(params: Params) -> None:
-    """Hold the chats of datasets that are there already against this base's chat template.
-
-    Raises:
-        MistakeError: it refuses one, whose file and line are named.
-    """
-    for name in params.datasets:
-        for path in sorted((DATA / name).glob("*.jsonl")):
-            lines = Lines(path)
-            for place, record in enumerate(lines):
-                check_template(record, lines.where(place))
+    refuse_chats(params)
 
 
 def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,9 +14,11 @@ from stages.merging.kernels import find_kernel
 from stages.models.architecture import describe, empty_model
 from stages.project.params import PARAMS, Params, load_params
 from stages.project.references import check_depth
+from stages.records.lines import Lines
 from stages.records.source import Single, Source
 from stages.records.sources.hub import Hub
 from stages.records.sources.mix import Mix
+from stages.records.template import check_template
 from stages.settings.merge import Merge
 from stages.settings.stage import Training
 
@@ -79,6 +81,15 @@ def refuse_misfits(params: Params, model: PreTrainedModel) -> None:
             modules = architecture.select(stage.layers)
             if isinstance(stage, Training):
                 stage.adapter_config(model, modules)
+
+
+def refuse_chats(params: Params) -> None:
+    """Raise a MistakeError for a chat of a dataset that is there already and that the base's chat template refuses."""
+    for name in params.datasets:
+        for path in sorted((DATA / name).glob("*.jsonl")):
+            lines = Lines(path)
+            for place, record in enumerate(lines):
+                check_template(record, lines.where(place))
 
 
 def _check_merge(merge: Merge, key: str) -> None:
