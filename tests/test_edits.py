@@ -134,7 +134,7 @@ EDITS = {
     "reasoning-gym": (pin("reasoning-gym"), DATA | SCORES),
     "datasets": (pin("datasets"), DATA),
     "sacrebleu": (pin("sacrebleu"), DATA | SCORES),
-    "pandas": (pin("pandas"), DATA | SCORES | {"measure", "evaluate", "report"}),
+    "pandas": (pin("pandas"), SCORES | {"measure", "evaluate", "report"}),
     "mergekit": (pin("mergekit"), {"merge", "measure"}),
     "transformers": (pin("transformers"), {"base"} | each("train") | SCORES | PROBES),
     # settings
