@@ -400,34 +400,6 @@ def test_layers_of_every_form_read_well(layers, text):
     assert in_modules(layers, 6) == text
 
 
-PROBLEMS = [
-    "undo each",
-    "takes away what",
-    "holds less than",
-    "model in full",
-    "moved by more",
-    "declared untouched",
-    "one seed",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "merge",
-    [
-        "method: task_arithmetic",
-        "method: task_arithmetic\n  depth_scaling: 0.3",
-        "method: linear",  # which averages where two stages meet
-        "method: ties\n  parameters: {density: 0.1}",
-        "method: model_stock",
-    ],
-)
-def test_a_clean_run_has_no_problem(project, merge):
-    text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("method: task_arithmetic", merge))
-    assert not any(problem in sentences(project) for problem in PROBLEMS)
-
-
 def test_a_conflict_is_told(project):
     project.plant("sums", "0-1", noise(0.01))
     project.plant("names", "0-1", lambda name, weights: -noise(0.01)(name, weights))
