@@ -120,7 +120,8 @@ def main(folder: Path) -> None:
             lines.write(json.dumps({"messages": turns}) + "\n")
     params = (folder / "params.yaml").read_text(encoding="utf-8")
     start, end = params.index("datasets:\n"), params.index("  dtype: bfloat16\n  seed")
-    (folder / "params.yaml").write_text(params[:start] + PARAMS + params[end:], encoding="utf-8")
+    rest = params[end:].replace("max_new_tokens: 64", "max_new_tokens: 128")  # Russian takes more tokens
+    (folder / "params.yaml").write_text(params[:start] + PARAMS + rest, encoding="utf-8")
     print(f"cd {folder} && uv run dvc repro && uv run strata view")
 
 
