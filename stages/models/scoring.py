@@ -68,7 +68,7 @@ def generate(
     repetition in it would change every answer.
     """
     asked = [turns(record, tokenizer)[-1] for record in records]
-    stops = stop_tokens(model, tokenizer)
+    stops = _stops(model, tokenizer)
     longest = max(len(turn.answered.ids) for turn in asked)
     most = bounds.max_new_tokens if whole else min(longest, bounds.max_new_tokens)
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -102,7 +102,7 @@ def _batches(lengths: list[int], size: int, most: int, positions: int) -> list[l
     return [roomy[start : start + size] for start in range(0, len(roomy), size)] + [[i] for i in tight]
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends an answer: the tokens of the generation config, else the tokenizer's."""
     config = model.generation_config
     ends = config.eos_token_id if config and config.eos_token_id is not None else tokenizer.eos_token_id

@@ -148,14 +148,14 @@ def choose(name: str, pin: str | None, records: Iterable[Record], where: str) ->
     if name in SCORERS:
         _refuse_unfit(name, asked, where)
         return chosen
-    _load(name, f"{where}.score")
+    function = _guarded(name, f"{where}.score")
     found = sha256([_file(name)])
     if pin not in (None, found):
         raise MistakeError(
             f"{where}.score_sha256 is not that of {_file(name)}; if it was meant to change, write {found}"
         )
     reference = without_thinking(str(answer(asked[0])))
-    _guarded(name)(reference, reference, asked[0])
+    function(reference, reference, asked[0])
     return chosen | {"sha256": found}
 
 
@@ -304,9 +304,9 @@ def _load(name: str, where: str) -> Score:
     return found
 
 
-def _guarded(name: str) -> Score:
+def _guarded(name: str, where: str = "a dataset's score") -> Score:
     """The same, whose mistakes are sentences."""
-    function, file = _load(name, "a dataset's score"), _file(name)
+    function, file = _load(name, where), _file(name)
 
     def score(said: str, reference: str, record: Record) -> float:
         try:

@@ -115,9 +115,7 @@ def _tokens(piece: Text, tokenizer: PreTrainedTokenizerBase, before: str = "") -
 
     Spaces at its beginning do not count: a token often starts with the space before a word.
     """
-    lead = _lead(piece.text, before, tokenizer)
-    skipped = len(_ids(lead, tokenizer))
-    ids = _ids(lead + piece.text, tokenizer)[skipped:]
+    lead, skipped, ids = _after(before, piece.text, tokenizer)
     if not piece.spans:
         return ids, [piece.weight] * len(ids)
     weights = [piece.weight] * (len(piece.text) + 1)  # one more, for a token of no characters at the end
@@ -127,17 +125,17 @@ def _tokens(piece: Text, tokenizer: PreTrainedTokenizerBase, before: str = "") -
     return ids, [weights[max(start - len(lead), 0)] for start in starts]
 
 
-def _lead(text: str, before: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to put before a text that follows `before` to have its tokens as they follow.
+def _after(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, list[int]]:
+    """The tokens of a text as they follow `before`, and what was put before it to find them, with its token count.
 
     Tokenizers like SentencePiece put a space before the first text, and a tokenizer may make one token of the end of
     `before` and the beginning of `text`, which a model cannot when it goes on from all tokens of `before`.
     """
     for lead in (before, *BETWEEN) if before else ():
-        start = _ids(lead, tokenizer)
-        if _ids(lead + text, tokenizer)[: len(start)] == start:
-            return lead
-    return ""
+        start, whole = _ids(lead, tokenizer), _ids(lead + text, tokenizer)
+        if whole[: len(start)] == start:
+            return lead, len(start), whole[len(start) :]
+    return "", 0, _ids(text, tokenizer)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

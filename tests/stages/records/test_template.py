@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from stages.base import stop_tokens
 from stages.errors import MistakeError
 from stages.records.tokens import encode, encode_question
+from tests.conftest import train_bpe
 
 # Written for these tests after those of the models whose name they have.
 SMOLLM = (
@@ -71,14 +72,7 @@ def finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 def byte_level() -> PreTrainedTokenizerFast:
     """As GPT-2, Llama 3 and Qwen have it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["the answer is 42. What is 17 + 25? user assistant"] * 50, trainer)
-    return finish(tokenizer)
+    return finish(train_bpe("the answer is 42. What is 17 + 25? user assistant", vocab_size=320))
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:

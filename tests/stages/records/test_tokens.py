@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.errors import MistakeError
@@ -13,7 +13,7 @@ from stages.records.lines import Lines
 from stages.records.record import answer, check, question
 from stages.records.tokens import Example, encode, encode_question
 from stages.settings.base import Base
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, train_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}"
@@ -129,14 +129,9 @@ def test_weights_change_no_token():
 
 def make_bpe():
     """A byte-level BPE as language models have it: words with the space before them, umlauts in two tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe("the answer is twelve", vocab_size=300), eos_token="<end>"
     )
-    tokenizer.train_from_iterator(["the answer is twelve"] * 50, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 @pytest.mark.parametrize(
