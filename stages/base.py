@@ -40,7 +40,8 @@ def main() -> None:
         model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
     if settings.adapter_size:
         model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
-    refuse_misfits(params, model)
+    architecture = describe(model)
+    refuse_misfits(params, model, architecture)
     config = model.generation_config
     config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
     if config.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
@@ -61,7 +62,7 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        describe(model).write(folder)
+        architecture.write(folder)
         write_json(folder / "stage.json", record)
     refuse_chats(params)
 

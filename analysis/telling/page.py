@@ -108,7 +108,7 @@ def _kept(retention: dict[str, Any]) -> str:
 def _scorer_rows(facts: Facts) -> list[dict[str, Any]]:
     """How the answers of each dataset, and of each part of a mix, are scored and why."""
     return [
-        {"dataset": name if part == name else f"{name}, {part}", **chosen}
+        {"dataset": _part(name, part), **chosen}
         for name, parts in facts.scorers.items()
         for part, chosen in parts.items()
     ]
@@ -118,11 +118,16 @@ def _asked_plainly(datasets: dict[str, Any]) -> list[str]:
     """Datasets, and parts of a mix, whose prompts are not put into the chat template."""
     parts = {name: getattr(each, "parts", {name: each}) for name, each in datasets.items()}
     return [
-        name if part == name else f"{name}, {part}"
+        _part(name, part)
         for name, each in parts.items()
         for part, settings in each.items()
         if settings.format == "plain"
     ]
+
+
+def _part(dataset: str, part: str) -> str:
+    """What a part of a mix is called; any other dataset has one part, itself."""
+    return dataset if part == dataset else f"{dataset}, {part}"
 
 
 def _answer_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -78,22 +78,11 @@ def changes(evaluation: dict[str, Any]) -> list[Change]:
     """
     compared = {(each["model"], each["against"], each["dataset"]): each for each in evaluation["comparisons"]}
     found = []
-    for (model, against, dataset), each in compared.items():
+    for (_, against, dataset), each in compared.items():
         if against != "base":
             learned = compared[against, "base", dataset]
-            change = Change(
-                model=model,
-                dataset=dataset,
-                stage=against,
-                before=each["before"],
-                after=each["after"],
-                measure=each["measure"],
-                verdict=judge(each, learned["before"]),
-                at_stake=learned["clear"] and not _is_worse(learned),
-                questions=evaluation["questions"][dataset],
-                needed=each["needed"],
-            )
-            found.append(change)
+            at_stake = learned["clear"] and not _is_worse(learned)
+            found.append(_change(each, learned["before"], at_stake, evaluation))
     return found
 
 
@@ -105,21 +94,26 @@ def guarded(evaluation: dict[str, Any], guards: list[str]) -> list[Change]:
         guards: datasets that no stage learns.
     """
     return [
-        Change(
-            model=each["model"],
-            dataset=each["dataset"],
-            stage="base",
-            before=each["before"],
-            after=each["after"],
-            measure=each["measure"],
-            verdict=judge(each, None),
-            at_stake=bool(each["before"]),
-            questions=evaluation["questions"][each["dataset"]],
-            needed=each["needed"],
-        )
+        _change(each, None, bool(each["before"]), evaluation)
         for each in evaluation["comparisons"]
         if each["dataset"] in guards
     ]
+
+
+def _change(each: dict[str, Any], base: float | None, at_stake: bool, evaluation: dict[str, Any]) -> Change:
+    """One comparison as a change, judged beside `base` (see `judge`)."""
+    return Change(
+        model=each["model"],
+        dataset=each["dataset"],
+        stage=each["against"],
+        before=each["before"],
+        after=each["after"],
+        measure=each["measure"],
+        verdict=judge(each, base),
+        at_stake=at_stake,
+        questions=evaluation["questions"][each["dataset"]],
+        needed=each["needed"],
+    )
 
 
 def unclear_gains(evaluation: dict[str, Any], skills: dict[str, str]) -> dict[str, int]:

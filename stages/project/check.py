@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from stages.errors import MistakeError, placed
 from stages.files import BASE, CHECKPOINTS, DATA, read_json
 from stages.merging.kernels import find_kernel
-from stages.models.architecture import describe, empty_model
+from stages.models.architecture import Architecture, describe, empty_model
 from stages.project.params import PARAMS, Params, load_params
 from stages.project.references import check_depth
 from stages.records.lines import Lines
@@ -42,9 +42,10 @@ def load_checked() -> Params:
     for section in TRACKED:
         if section not in params.model_fields_set:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
-    for name in datasets_to_make(params):
+    made = _made()
+    for name in _to_make("datasets", params.datasets, DATA, made):
         _try_dataset(params.datasets[name], f"{PARAMS}: datasets.{name}")
-    for name in _to_make("stages", params.stages, CHECKPOINTS):
+    for name in _to_make("stages", params.stages, CHECKPOINTS, made):
         with placed(f"{PARAMS}: stages.{name}."):
             params.stages[name].try_out()
     return params
@@ -64,7 +65,8 @@ def check_against_base(params: Params) -> None:
         import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
         refuse_layers_outside(params, record["layers"])
-        refuse_misfits(params, empty_model(BASE))
+        model = empty_model(BASE)
+        refuse_misfits(params, model, describe(model))
 
 
 def refuse_layers_outside(params: Params, num_layers: int) -> None:
@@ -73,9 +75,8 @@ def refuse_layers_outside(params: Params, num_layers: int) -> None:
         check_depth(params, num_layers)
 
 
-def refuse_misfits(params: Params, model: PreTrainedModel) -> None:
+def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Architecture) -> None:
     """Raise a MistakeError for a stage whose modules or method the model does not go with; weights are not read."""
-    architecture = describe(model)
     for name, stage in params.stages.items():
         with placed(f"{PARAMS}: stages.{name}."):
             modules = architecture.select(stage.layers)
@@ -108,12 +109,11 @@ def _made() -> dict[str, Any]:
 
 def datasets_to_make(params: Params) -> list[str]:
     """Datasets that DVC has still to make, or to make anew since params.yaml says something else of them."""
-    return list(_to_make("datasets", params.datasets, DATA))
+    return list(_to_make("datasets", params.datasets, DATA, _made()))
 
 
-def _to_make(section: str, settings: dict[str, Any], folder: Path) -> Iterator[str]:
+def _to_make(section: str, settings: dict[str, Any], folder: Path, made: dict[str, Any]) -> Iterator[str]:
     """Names in a section of what DVC has still to make; what the rest was made from may be on another machine."""
-    made = _made()
     for name, each in settings.items():
         given = each.model_dump(exclude_unset=True)
         if made.get(f"{section}.{name}", given if (folder / name).is_dir() else None) != given:
