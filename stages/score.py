@@ -25,6 +25,7 @@ COLUMNS = {
     "question": "str",
     "reference": "str",
     "answer": "str",
+    "end": "str",  # stop, cut by max_new_tokens, or unasked: the question is longer than the model reads
     "scorer": "str",
     "score": "float64",  # 0 to 1
     "loss": "float64",  # Σwᵢlᵢ over the record's tokens, nats

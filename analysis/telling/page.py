@@ -58,6 +58,8 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "skills": _skill_rows(facts),
         "scorers": _scorer_rows(facts),
         "plain": ", ".join(_asked_plainly(facts.settings.datasets)),
+        "cut": _ended(facts, "cut"),
+        "unasked": _ended(facts, "unasked"),
         "margin": MARGIN,
         "loss_rise": LOSS_RISE,
         "answers": _answer_rows(facts),
@@ -123,6 +125,17 @@ def _asked_plainly(datasets: dict[str, Any]) -> list[str]:
         for part, settings in each.items()
         if settings.format == "plain"
     ]
+
+
+def _ended(facts: Facts, end: str) -> str:
+    """How many answers of each model ended so, such as `sums: base 3, merged 1 of 100`."""
+    told = []
+    for dataset, rows in facts.answers.groupby("dataset", sort=False):
+        ended = rows[rows["end"] == end].groupby("model", sort=False).size()
+        asked = rows.groupby("model")["end"].count().max()
+        if len(ended):
+            told.append(f"{dataset}: {', '.join(f'{model} {count}' for model, count in ended.items())} of {asked}")
+    return "; ".join(told)
 
 
 def _part(dataset: str, part: str) -> str:

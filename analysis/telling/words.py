@@ -130,8 +130,12 @@ def _went(change: Change) -> str:
 
 
 def _from_to(before: float, after: float, measure: str) -> str:
-    first = f"a {measure} of {score(before, measure)}" if measure in ("loss", "score") else scored(before, measure)
-    return f"from {first} to {score(after, measure)}"
+    if measure not in ("loss", "score"):
+        return f"from {scored(before, measure)} to {score(after, measure)}"
+    digits = 2  # as many as it takes to see a difference
+    while before != after and digits < 5 and round(before, digits) == round(after, digits):
+        digits += 1
+    return f"from a {measure} of {before:.{digits}f} to {after:.{digits}f}"
 
 
 def _touched(facts: Facts) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,19 @@ from stages.records.record import Record, answer, question
 from stages.records.scorers import score_answers
 from stages.records.tokens import turns
 from stages.settings.evaluate import Evaluate
+
+STOP, CUT, UNASKED = "stop", "cut", "unasked"
+
+
+class Answer(NamedTuple):
+    """What a model says, and how that ended.
+
+    STOP: by itself, or where it was already longer than any reference and nothing else counts; CUT: by
+    `max_new_tokens`, or where the model can read no further; UNASKED: the question is longer than the model reads.
+    """
+
+    text: str
+    end: str
 
 
 def score(
@@ -34,7 +47,7 @@ def score(
 
     Returns:
         For each record `question`, `reference`, `loss` (Σwᵢlᵢ over its tokens, in nats) and `weight` (Σ|wᵢ|), and where
-        it was asked `answer`, `scorer` and `score` (0 to 1).
+        it was asked `answer`, its `end` (see `Answer`), `scorer` and `score` (0 to 1).
     """
     found = record_losses(model, tokenizer, records, bounds.batch_size)
     rows: list[dict[str, Any]] = [
@@ -45,9 +58,9 @@ def score(
     if asked:
         names, questions = [scorers[i] for i in asked], [records[i] for i in asked]
         answers = generate(model, tokenizer, questions, bounds, whole=set(names) != {"exact"})
-        scores = score_answers(names, answers, questions)
-        for i, name, text, value in zip(asked, names, answers, scores, strict=True):
-            rows[i] |= {"answer": text, "scorer": name, "score": value}
+        scores = score_answers(names, [each.text for each in answers], questions)
+        for i, name, said, value in zip(asked, names, answers, scores, strict=True):
+            rows[i] |= {"answer": said.text, "end": said.end, "scorer": name, "score": value}
     return rows
 
 
@@ -58,7 +71,7 @@ def generate(
     records: Sequence[Record],
     bounds: Evaluate,
     whole: bool = False,
-) -> list[str]:
+) -> list[Answer]:
     """Greedy answers of at most `max_new_tokens`, and no longer than the longest reference unless they are to be whole.
 
     One that is longer is not the reference, so that `exact` needs no more of it; other scorers look for something in
@@ -72,22 +85,25 @@ def generate(
     longest = max(len(turn.answered.ids) for turn in asked)
     most = bounds.max_new_tokens if whole else min(longest, bounds.max_new_tokens)
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    answers = [""] * len(records)
+    answers = [Answer("", UNASKED)] * len(records)
     with _without_config(model):
         for rows in _batches([len(turn.asked.ids) for turn in asked], bounds.batch_size, most, positions):
             questions = {"input_ids": [asked[i].asked.ids for i in rows]}
             batch = tokenizer.pad(questions, padding_side="left", return_tensors="pt").to(model.device)
             width = batch["input_ids"].shape[1]
+            room = min(most, positions - width)
+            end = CUT if room < most or most == bounds.max_new_tokens else STOP
             greedy = GenerationConfig(
-                max_new_tokens=min(most, positions - width),
+                max_new_tokens=room,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=stops,
             )
             output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
             for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
-                spoken = itertools.takewhile(lambda token: token not in stops, ids)
-                answers[i] = str(tokenizer.decode(list(spoken), skip_special_tokens=True)).strip()
+                spoken = list(itertools.takewhile(lambda token: token not in stops, ids))
+                text = str(tokenizer.decode(spoken, skip_special_tokens=True)).strip()
+                answers[i] = Answer(text, STOP if len(spoken) < len(ids) else end)
     return answers
 
 

@@ -15,6 +15,7 @@ from stages.models.architecture import Architecture, describe, empty_model
 from stages.project.params import PARAMS, Params, load_params
 from stages.project.references import check_depth
 from stages.records.lines import Lines
+from stages.records.rows import Checked
 from stages.records.source import Single, Source
 from stages.records.sources.hub import Hub
 from stages.records.sources.mix import Mix
@@ -44,7 +45,7 @@ def load_checked() -> Params:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
     made = _made()
     for name in _to_make("datasets", params.datasets, DATA, made):
-        _try_dataset(params.datasets[name], f"{PARAMS}: datasets.{name}")
+        _tried(params.datasets[name], f"{PARAMS}: datasets.{name}")
     for name in _to_make("stages", params.stages, CHECKPOINTS, made):
         with placed(f"{PARAMS}: stages.{name}."):
             params.stages[name].try_out()
@@ -85,12 +86,19 @@ def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Archite
 
 
 def refuse_chats(params: Params) -> None:
-    """Raise a MistakeError for a chat of a dataset that is there already and that the base's chat template refuses."""
-    for name in params.datasets:
-        for path in sorted((DATA / name).glob("*.jsonl")):
-            lines = Lines(path)
+    """Raise a MistakeError for a chat of a dataset that is there already and that the base's chat template refuses.
+
+    One prompt with its completion is like another to a template: the first speaks for all, also before the dataset is
+    made.
+    """
+    for name, dataset in params.datasets.items():
+        files = [Lines(path) for path in sorted((DATA / name).glob("*.jsonl"))]
+        for lines in files:
             for place, record in enumerate(lines):
-                check_template(record, lines.where(place))
+                if "messages" in record or place == 0:
+                    check_template(record, lines.where(place))
+        for records in [] if files else _tried(dataset, f"{PARAMS}: datasets.{name}"):
+            check_template(records[0], records.where(0))
 
 
 def _check_merge(merge: Merge, key: str) -> None:
@@ -120,10 +128,10 @@ def _to_make(section: str, settings: dict[str, Any], folder: Path, made: dict[st
             yield name
 
 
-def _try_dataset(dataset: Source, where: str) -> None:
-    """Ask a dataset for a few records; the hub is not asked, where that would download them."""
+def _tried(dataset: Source, where: str) -> list[Checked]:
+    """Records of a dataset, or of each part of a mix; the hub is not asked, where that would download them."""
     if isinstance(dataset, Mix):
-        for name, part in dataset.parts.items():
-            _try_dataset(part, f"{where}.parts.{name}")
-    elif isinstance(dataset, Single) and not isinstance(dataset, Hub):
-        dataset.model_copy(update={"train": 1, "eval": 1, "tune": 0}).records("", where)
+        return [each for name, part in dataset.parts.items() for each in _tried(part, f"{where}.parts.{name}")]
+    if isinstance(dataset, Single) and not isinstance(dataset, Hub):
+        return [dataset.model_copy(update={"train": 1, "eval": 1, "tune": 0}).records("", where)]
+    return []

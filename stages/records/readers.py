@@ -92,7 +92,9 @@ def _read_document(path: Path, file: Path, split: str | None, where: str) -> Row
         content = parse(decode(path, file.read_bytes()))
     except ValueError as error:
         place, reason = (f" line {error.lineno}", error.msg) if isinstance(error, JSONDecodeError) else ("", error)
-        raise MistakeError(f"{path}{place} is not valid JSON ({reason}); correct it") from None
+        raise MistakeError(
+            f"{path}{place} is not valid JSON ({reason}); correct it: one list of records, or a record on each line"
+        ) from None
     rows = content
     if isinstance(content, dict):
         lists = {name: value for name, value in content.items() if isinstance(value, list) and value}

@@ -28,6 +28,7 @@ from stages.errors import MistakeError
 Record = dict[str, Any]
 Span = tuple[int, int, float]
 TUPLE = "__tuple__"
+THINK, THOUGHT = "<think>", "</think>"
 SHAPES = {  # by the key that tells it: the keys that tell a record's weights
     "text": ["weight", "spans"],
     "prompt": ["prompt_weight", "weight", "spans"],
@@ -64,11 +65,24 @@ def question(record: Record) -> str:
 
 
 def answer(record: Record) -> str | None:
-    """The reference answer that a generation is compared with; None for plain text, token ids and calls of a tool."""
+    """The reference answer that a generation is compared with.
+
+    None for plain text, token ids, calls of a tool, and thoughts that come to no answer.
+    """
     if "messages" in record:
         last = record["messages"][-1]
-        return None if last.get("tool_calls") else last["content"]
-    return record.get("completion")
+        said = None if last.get("tool_calls") else last["content"]
+    else:
+        said = record.get("completion")
+    return said if said is None or without_thinking(said) else None
+
+
+def without_thinking(text: str) -> str:
+    """An answer without the thinking before it, be it told in the answer or begun by the chat template."""
+    _, end, rest = text.partition(THOUGHT)
+    if end:
+        return rest.strip()
+    return "" if text.lstrip().startswith(THINK) else text.strip()  # it never came to an answer
 
 
 def is_empty(record: Record) -> bool:

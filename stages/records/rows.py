@@ -120,7 +120,8 @@ class Checked(Sequence[Record]):
         record = self._shape(without_gaps(row) if self._source.gaps else row, where, self.found)
         if is_empty(record):
             return record
-        check_template(check(record, where), where)
+        if "messages" in check(record, where):
+            check_template(record, where)
         return record
 
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator
 
 from stages.errors import MistakeError, first_line
 from stages.files import sha256
-from stages.records.record import Record, answer, restore_tuples
+from stages.records.record import Record, answer, restore_tuples, without_thinking
 from stages.settings.section import mistake, nearest
 
 SHORT = (5, 32)  # words and characters that a short reference has at most
@@ -199,14 +199,6 @@ def score_answers(names: Sequence[str], texts: Sequence[str], records: Sequence[
         functions[name](without_thinking(text), without_thinking(str(answer(record))), record)
         for name, text, record in zip(names, texts, records, strict=True)
     ]
-
-
-def without_thinking(text: str) -> str:
-    """An answer without the thinking before it, be it told in the answer or begun by the chat template."""
-    _, end, rest = text.partition("</think>")
-    if end:
-        return rest.strip()
-    return "" if text.lstrip().startswith("<think>") else text.strip()  # it never came to an answer
 
 
 def words(text: str) -> list[str]:

@@ -2,17 +2,23 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from stages.errors import MistakeError, first_line
 from stages.records.rows import Rows
 
-DELIMITERS = ",;\t"  # of a csv file: the first of them that its first row has
+DELIMITERS = ",;\t"  # of a csv file: the first of them that its first row has outside of quotes
+NAMED = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # a line before the first, by which Excel names the delimiter
+QUOTED = r'"[^"]*"'
+FIRST_ROW = re.compile(rf'(?:{QUOTED}|[^"\r\n])*')
 
 
 def read_csv(path: Path, stored: Path, kind: str) -> Rows:
     """Rows of a UTF-8 file with commas, semicolons or tabs, whose first row names the columns; every value is text.
+
+    Excel's `sep=;` may stand before them.
 
     Args:
         path: the file's own name, for sentences.
@@ -23,9 +29,12 @@ def read_csv(path: Path, stored: Path, kind: str) -> Rows:
         MistakeError: it is not such a file, or a row has more or fewer fields than the first.
     """
     text = decode(path, stored.read_bytes())
-    head = text.lstrip("\r\n").partition("\n")[0]
+    named = NAMED.match(text)
+    text = text[named.end() :] if named else text
+    first_row = FIRST_ROW.match(text.lstrip("\r\n"))
+    head = re.sub(QUOTED, "", first_row[0] if first_row else "")
     delimiter = "\t" if kind == ".tsv" else next((each for each in DELIMITERS if each in head), ",")
-    fields_of_lines = _fields(path, text, delimiter)
+    fields_of_lines = _fields(path, text, named[1] if named else delimiter, start=2 if named else 1)
     first, header = next(fields_of_lines, (1, []))
     header = [name.strip() for name in header]
     names = [name for name in header if name]
@@ -43,16 +52,16 @@ def read_csv(path: Path, stored: Path, kind: str) -> Rows:
     return Rows(rows, lambda place: f"{path} line {lines[place]}", kind.removeprefix("."))
 
 
-def _fields(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The line that each row starts on, from 1, and its fields; blank lines are left out."""
+def _fields(path: Path, text: str, delimiter: str, start: int) -> Iterator[tuple[int, list[str]]]:
+    """The line that each row starts on, counted from `start`, and its fields; blank lines are left out."""
     csv.field_size_limit(2**31 - 1)  # one field may be a whole book
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
+    line = start
     try:
         for fields in rows:
             if fields:
                 yield line, fields
-            line = rows.line_num + 1
+            line = start + rows.line_num
     except csv.Error as error:
         raise MistakeError(
             f"{path} line {line} begins no row of a csv file ({error}); close each quote, and double those inside"

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 
 from stages.errors import MistakeError, first_line
 from stages.files import BASE
+from stages.records.record import THINK, THOUGHT, without_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,10 @@ CODES = (
     "%F",
     "%T",
 )
-THINK, THOUGHT = "<think>", "</think>"
+OTHERWISE = (
+    "a record has a chat that the chat template of base.model shows otherwise than it asks for it; use prompt and"
+    " completion with format: plain"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Chat:
             learned = [span for earlier in range(done, place) for span in self._weights(earlier, prompt)]
             answer = self._answer(prompt, shown, message)
             spans = _moved(message, self._find(place, shown) - len(prompt)) if message.get("spans") else []
+            if spans and not shown.startswith(prompt):
+                raise MistakeError(OTHERWISE)
             yield Text(prompt, 0.0, learned), Text(answer, weight_of(message, "weight", 1.0), spans)
             done = place + 1
 
@@ -149,11 +155,10 @@ class Chat:
         elif prompt.rstrip().endswith(THINK):
             thoughts = message["content"].lstrip().removeprefix(THINK)
             answer = f"{thoughts.lstrip() if prompt[-1].isspace() else thoughts}{tail}"
+        elif prompt.rstrip().endswith(THOUGHT):
+            answer = f"{without_thinking(message['content'])}{tail}"  # it is asked not to think
         else:
-            raise MistakeError(
-                "a record has a chat that the chat template of base.model shows otherwise than it asks for it; use"
-                " prompt and completion with format: plain"
-            )
+            raise MistakeError(OTHERWISE)
         if stop and stop in answer:
             return answer[: answer.rindex(stop) + len(stop)]
         return answer.removesuffix(tail) if tail else answer
@@ -198,12 +203,12 @@ def as_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
 
 
 def check_template(record: Record, where: str) -> None:
-    """Refuse a chat that the base's chat template does not take, if the base is there already.
+    """Refuse a chat, or a question and its answer, that the base's chat template does not take, if the base is there.
 
     Raises:
         MistakeError: in a sentence that starts with `where`.
     """
-    if "messages" not in record or not BASE.is_dir():
+    if not BASE.is_dir():
         return
     chat = as_chat(record, _tokenizer(str(BASE.resolve())))
     try:

@@ -3,7 +3,7 @@
 import json
 from datetime import date, time, timedelta
 from decimal import Decimal
-from math import isnan
+from math import isinf, isnan
 from typing import Any
 
 from stages.errors import MistakeError
@@ -46,11 +46,11 @@ def as_text(value: Any, where: str) -> str:
     """A value as text: nothing is empty, a number is as short as it can be (42, 0.5), a date as ISO has it.
 
     Raises:
-        MistakeError: it is true or false, which people write in several ways, or a list or mapping.
+        MistakeError: it is true, false or infinite, which people write in several ways, or a list or mapping.
     """
     if some(value) is None:
         return ""
-    if isinstance(value, float):
+    if isinstance(value, float) and not isinf(value):
         return repr(value).removesuffix(".0")
     if isinstance(value, str | int | date | time | timedelta | Decimal) and not isinstance(value, bool):
         return str(value)

@@ -135,7 +135,7 @@ class Training(Stage, ABC):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the trained adapter in PEFT's format, without the model card that names this machine's paths."""
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the hub for the parent's config
         (folder / "README.md").unlink(missing_ok=True)
 
 

@@ -126,9 +126,9 @@ class Project:
 
     def answers(self, skills: dict[str, list[dict[str, Any]]]) -> None:
         """What the models say: by skill, records of `question`, `reference` and, by model, an answer and its score."""
-        columns = ["dataset", "record", "model", "question", "reference", "answer", "score", "loss", "weight"]
+        columns = ["dataset", "record", "model", "question", "reference", "answer", "score", "end", "loss", "weight"]
         rows = [
-            (skill, number, model, each["question"], each["reference"], *each[model], 1.0, 1.0)
+            (skill, number, model, each["question"], each["reference"], *each[model], "stop", 1.0, 1.0)
             for skill, records in skills.items()
             for number, each in enumerate(records, start=1)
             for model in each.keys() - {"question", "reference"}

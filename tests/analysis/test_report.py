@@ -14,6 +14,7 @@ from analysis.changes.measured import COLUMNS, SPECTRUM
 from analysis.changes.metrics import METRICS
 from analysis.changes.tables import NO_STAGE
 from analysis.telling import words
+from analysis.telling.answers import ANSWERS
 from analysis.telling.figures import (
     ablation_map,
     behaviour_lines,
@@ -544,6 +545,29 @@ def test_how_to_ask_is_told_where_it_is_not_as_one_asks_a_chat_model(project):
     Path("params.yaml").write_text(text.replace("path: names.jsonl,", "path: names.jsonl, format: plain,"))
     page = render("report.html", contents(project.facts(), PICTURES))
     assert "In plain text, and not in the base's chat format, are asked: names." in page
+
+
+def test_answers_that_are_not_whole_are_told(project):
+    project.merge()
+    project.evaluation()
+    said = {"question": "q", "reference": "a", "base": ("b", 0.0), "merged": ("a", 1.0)}
+    project.answers({"sums": [said] * 3, "names": [said] * 2})
+    assert "cut answers short" not in (page := render("report.html", contents(project.facts(), PICTURES)))
+    assert "longer than the model reads" not in page
+    answers = pd.read_parquet(ANSWERS)
+    answers.loc[(answers["dataset"] == "sums") & ((answers["model"] == "base") | (answers["record"] == 3)), "end"] = (
+        "cut"
+    )
+    answers.loc[(answers["dataset"] == "names") & (answers["record"] == 1), "end"] = "unasked"
+    answers.sort_values(["dataset", "model"]).to_parquet(ANSWERS)
+    page = render("report.html", contents(project.facts(), PICTURES))
+    assert "cut answers short, in sums: base 3, merged 1 of 3." in page
+    assert "count as wrong, in names: base 1, merged 1 of 2." in page
+
+
+def test_losses_are_told_apart():
+    assert words._from_to(6.302, 6.298, "loss") == "from a loss of 6.302 to 6.298"
+    assert words._from_to(6.3, 6.3, "loss") == "from a loss of 6.30 to 6.30"
 
 
 def test_what_the_training_did_to_a_guard_is_told(project):

@@ -125,6 +125,17 @@ def test_chats_that_a_new_base_refuses_are_told_with_their_line(project):
         base.main()
 
 
+def test_a_template_that_refuses_a_prompt_and_its_completion_is_told_before_training(project):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer.save_pretrained("model")
+    with pytest.raises(MistakeError, match=r" 1 has a chat that the chat template .* refuses \(no tools\)"):
+        base.main()
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("    source: ", "    format: plain\n    source: "))
+    base.main()
+
+
 def test_a_hub_id_is_passed_on_with_its_revision():
     found = locate(Base(model="owner/name", revision="abc"))
     assert found == {"pretrained_model_name_or_path": "owner/name", "revision": "abc"}

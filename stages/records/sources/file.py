@@ -31,4 +31,7 @@ class LocalFile(Single):
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         if self.sha256 is not None and self.sha256 != (found := sha256(files)):
             raise MistakeError(f"{where}.sha256 is not that of {path}; if it was meant to change, write {found}")
-        return read(path, self.split, where)
+        rows = read(path, self.split, where)
+        if not len(rows.rows):
+            raise MistakeError(f"{where}.path {self.path!r} holds no records; fill it, or correct the path")
+        return rows

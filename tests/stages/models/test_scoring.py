@@ -44,10 +44,11 @@ def test_a_model_without_a_limit_of_positions_reads_all():
 
 def test_a_padded_batch_answers_as_each_question_alone():
     model, tokenizer = make_model()
-    together = scoring.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
-    alone = [
-        scoring.generate(model, tokenizer, [record], Evaluate(batch_size=1, max_new_tokens=8))[0] for record in RECORDS
+    together = [
+        each.text for each in scoring.generate(model, tokenizer, RECORDS, Evaluate(batch_size=4, max_new_tokens=8))
     ]
+    bounds = Evaluate(batch_size=1, max_new_tokens=8)
+    alone = [scoring.generate(model, tokenizer, [record], bounds)[0].text for record in RECORDS]
     shortest = [min(len(a), len(b)) for a, b in zip(together, alone, strict=True)]
     assert [t[:n] for t, n in zip(together, shortest, strict=True)] == [
         a[:n] for a, n in zip(alone, shortest, strict=True)
@@ -112,7 +113,8 @@ def test_answers_are_greedy_whatever_the_base_asks_for(asked):
     write_json(path, read_json(path) | asked)
     model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
     truth = [greedy(model, tokenizer, record, 9) for record in records]
-    assert scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=20)) == truth
+    answers = scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=20))
+    assert [each.text for each in answers] == truth
     assert max(map(len, truth)) > 3
 
 
@@ -126,7 +128,7 @@ def test_an_answer_ends_with_every_token_of_the_generation_config():
     model = load_model(Checkpoint(BASE, "base"), torch.float32)
     for _ in range(2):  # a second dataset is scored with the same model
         (answer,) = scoring.generate(model, tokenizer, [record], Evaluate(max_new_tokens=20))
-        assert answer == whole[: whole.index(whole[4])].strip()
+        assert answer == (whole[: whole.index(whole[4])].strip(), "stop")
 
 
 def test_questions_that_are_longer_than_the_model_have_no_answer():
@@ -134,10 +136,11 @@ def test_questions_that_are_longer_than_the_model_have_no_answer():
     model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
     records = [{"prompt": "x" * n, "completion": "yyyy"} for n in (300, 256, 254, 5)]
     answers = scoring.generate(model, tokenizer, records, Evaluate(max_new_tokens=20))
-    assert answers[:2] == ["", ""]
-    assert answers[2:] == [
-        greedy(model, tokenizer, record, most) for record, most in zip(records[2:], (2, 5), strict=True)
-    ]
+    assert answers[:2] == [("", "unasked")] * 2
+    whole = [greedy(model, tokenizer, record, most) for record, most in zip(records[2:], (2, 5), strict=True)]
+    assert answers[2:] == [(whole[0], "cut"), (whole[1], "stop")]  # the last is longer than any reference
+    (cut,) = scoring.generate(model, tokenizer, records[3:], Evaluate(max_new_tokens=4))  # and so is the reference here
+    assert cut == (greedy(model, tokenizer, records[3], 4), "cut")
 
 
 def test_every_record_has_its_loss_and_what_is_asked_its_answer():
@@ -152,7 +155,7 @@ def test_every_record_has_its_loss_and_what_is_asked_its_answer():
     for record, row in zip(records, rows, strict=True):
         alone = mean_loss(model, tokenizer, [record], 1)
         assert row["loss"] / row["weight"] == pytest.approx(alone, rel=1e-5)
-    (alone,) = scoring.generate(model, tokenizer, [records[3]], Evaluate())
+    alone = scoring.generate(model, tokenizer, [records[3]], Evaluate())[0].text
     assert rows[3]["answer"][: len(alone)] == alone or alone.startswith(rows[3]["answer"])
 
 
@@ -164,4 +167,5 @@ def test_an_answer_is_whole_where_something_is_looked_for_in_it():
     for scorer, length in (("exact", 2), ("contains", 12), ("chrf", 12)):
         (row,) = scoring.score(model, tokenizer, [record], [scorer], bounds)
         assert row["answer"] == greedy(model, tokenizer, record, length), scorer
+        assert row["end"] == ("stop" if scorer == "exact" else "cut")
     assert len(whole) > len(greedy(model, tokenizer, record, 2))

@@ -78,6 +78,8 @@ KINDS = [
     ("rows.csv", "\n\nprompt,completion\n\nq,a\n\nr,b", "csv"),
     ("rows.csv", CSV.replace(",", ";"), "csv"),
     ("rows.csv", TSV, "csv"),
+    ("rows.csv", f"\ufeffsep=;\r\n{CSV}".replace(",", ";"), "csv"),
+    ("rows.csv", f"sep=|\n{CSV}".replace(",", "|"), "csv"),
     ("rows.csv.gz", gz(CSV), "csv"),
     ("rows.csv.zst", zst(CSV), "csv"),
     ("rows.tsv", TSV, "tsv"),
@@ -93,6 +95,12 @@ def test_the_same_rows_from_each_kind_of_file(name, content, kind):
     assert list(records) == Q == [records[0], records[1]]
     assert records.found.told() == f"{kind}, prompts and completions (prompt, completion)"
     assert read(name, sha256=sha256([Path(name)])) == Q
+
+
+def test_what_parts_the_columns_stands_outside_of_quotes():
+    Path("rows.csv").write_text('"question, with commas";"the ""answer"", in short"\nq;a\n')
+    (record,) = read("rows.csv", columns={"prompt": "question, with commas", "completion": 'the "answer", in short'})
+    assert record == {"prompt": "q", "completion": "a"}
 
 
 def save(path, rows):
@@ -232,7 +240,17 @@ DIRT = [
     ("rows.tsv", "prompt\tcompletion\nq\ta\nr\tb\tc\n", "rows.tsv line 3 should have as many fields as line 1, 2"),
     ("rows.tsv", CSV, "rows.tsv line 2 has the columns prompt,completion, which are no known shape"),
     ("rows.tsv.gz", gz("prompt\tcompletion\nq\n"), "rows.tsv.gz line 2 should have as many fields"),
+    ("rows.csv", "sep=;\nprompt;completion\nq;a\nr\n", "rows.csv line 4 should have as many fields as line 2, 2, and"),
     # jsonl
+    ("rows.jsonl", "", "datasets.x.path 'rows.jsonl' holds no records; fill it, or correct the path"),
+    ("rows.json", "[]", "datasets.x.path 'rows.json' holds no records"),
+    ("rows.csv", "prompt,completion\n", "datasets.x.path 'rows.csv' holds no records"),
+    ("rows.jsonl", '{"prompt": "q", "completion": Infinity}', "rows.jsonl line 1 completion is inf and no text"),
+    (
+        "rows.jsonl",
+        f"{json.dumps(Q[0], indent=1)}\n" * 2,
+        "rows.jsonl line 5 is not valid JSON (Extra data); correct it: one list of records, or a record on each line",
+    ),
     ("rows.jsonl", f"{LINES}{{not json", "rows.jsonl line 3 is not valid JSON (Expecting property name"),
     ("rows.jsonl", f"{LINES}\n{{'text': 'a'}}", "rows.jsonl line 4 is not valid JSON (Expecting property name"),
     ("rows.jsonl", f"{{\n{LINES}", "rows.jsonl line 2 is not valid JSON (Expecting property name"),

@@ -10,6 +10,7 @@ from stages.errors import MistakeError
 from stages.files import read_json, sha256
 from stages.project.params import load_params
 from stages.records.lines import load_split
+from stages.records.record import answer
 from stages.records.scorers import (
     SCORERS,
     choose,
@@ -126,6 +127,9 @@ def test_words_are_those_of_any_script():
 def test_thinking_is_no_part_of_an_answer():
     assert without_thinking("<think>a</think> b </think>") == "b </think>"
     assert without_thinking(" plain ") == "plain"
+    thoughts = ["<think>hm", "<think>hm</think>\n", "hm</think>", "<think>hm</think> 42"]
+    assert [answer({"prompt": "q", "completion": text}) for text in thoughts] == [None, None, None, thoughts[-1]]
+    assert choose("auto", None, [{"prompt": "q", "completion": thoughts[0]}], "")["scorer"] == "loss"
 
 
 @pytest.mark.parametrize(

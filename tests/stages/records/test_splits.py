@@ -77,7 +77,6 @@ def test_the_first_of_each_part_does_not_depend_on_what_is_dropped():
         (ROWS, {"eval": 5, "train": 6}, "has 10 different records, but train, eval and tune together ask for 11;"),
         (JOKES, {"eval": 1}, "has 40 different records of 1 questions, but train, eval and tune together ask for 2;"),
         (JOKES + ROWS, {"eval": 9, "tune": 2}, "has 50 different records of 11 questions, but train, eval and tune"),
-        ([], {"eval": 1}, "has 0 different records, but train, eval and tune together ask for 2"),
         (
             [*ROWS, *[{"prompt": "q", "completion": ""}] * 11],
             {"eval": 1},

@@ -172,6 +172,8 @@ def shown(record, template, kind="byte-level"):
 
 SPANS = talk("q", "a", "r", "b")
 SPANS["messages"][1]["weight"] = 0
+MARKED = talk("q", "a")
+MARKED["messages"][1]["spans"] = [[0, 1, 2.0]]
 LATER = talk("q", "a", "r", "b")
 LATER["messages"][2]["weight"] = 1
 
@@ -196,6 +198,11 @@ LATER["messages"][2]["weight"] = 1
         (  # the template is told what the record says; the empty thought is then part of the question
             QWEN,
             talk("q", "a") | {"chat_template_kwargs": {"enable_thinking": False}},
+            ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟨a<|im_end|>⟩"],
+        ),
+        (  # asked not to think, the model learns no thoughts
+            QWEN,
+            talk("q", "<think>\nhm\n</think>\n\na") | {"chat_template_kwargs": {"enable_thinking": False}},
             ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟨a<|im_end|>⟩"],
         ),
         (DEEPSEEK, talk("q", "<think>\nhm\n</think>\n\na"), ["<U>q<A><think>\n⟨hm\n</think>\n\na<end>⟩"]),
@@ -247,6 +254,7 @@ def test_every_answer_is_learned_as_the_model_sees_it(template, record, examples
         ({"tool_use": PHI, "rag": PHI}, talk("q", "a"), "has no chat template for them"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", talk("q", "a"), "does not show what the assistant says"),
         ("{{ messages | length }}" + PHI, talk("q", "a"), "shows otherwise than it asks for it"),
+        (DEEPSEEK, MARKED, "shows otherwise than it asks for it"),
     ],
 )  # fmt: skip
 def test_a_chat_that_the_template_does_not_take(template, record, sentence):
