@@ -72,7 +72,7 @@ def compare(first: Scores, second: Scores) -> Comparison:
     exact = first.measure == "accuracy"
     interval = _ends(draws[:, 1] - draws[:, 0])
     if len(first.values) < FEWEST:  # of one record a bootstrap has no width
-        interval = [difference - first.mean - second.mean, difference + first.mean + second.mean]
+        interval = [-first.mean, second.mean]  # either may be worth nothing
     return Comparison(
         difference,
         interval,

@@ -47,8 +47,8 @@ def main(name: str) -> None:
             found = score(model, tokenizer, records[dataset], scorers[dataset], params.evaluate)
         if not any(row["weight"] for row in found):
             raise MistakeError(
-                f"params.yaml: datasets.{dataset} has no evaluation record of which base.model reads what counts; take"
-                " shorter ones"
+                f"params.yaml: datasets.{dataset} has no evaluation record whose answer base.model reads to, of at most"
+                f" {model.config.max_position_embeddings} tokens with the question; take shorter ones"
             )
         rows += [{"dataset": dataset, "record": number, **row} for number, row in enumerate(found, start=1)]
     table = pd.DataFrame(rounded(rows), columns=list(COLUMNS)).astype(COLUMNS)

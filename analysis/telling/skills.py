@@ -25,6 +25,7 @@ class Change:
         after: the same afterwards.
         measure: which it is.
         verdict: WORSE, KEPT, or UNCLEAR, which no one can tell with so few questions (see `judge`).
+        improved: whether it got better by more than chance explains.
         at_stake: whether it could get lost: a skill that is not there cannot be, nor be said to be kept.
         questions: how many were asked.
         needed: how many it takes to tell a difference of this size; None where there is none.
@@ -37,6 +38,7 @@ class Change:
     after: float
     measure: str
     verdict: str
+    improved: bool
     at_stake: bool
     questions: int
     needed: int | None
@@ -110,6 +112,7 @@ def _change(each: dict[str, Any], base: float | None, at_stake: bool, evaluation
         after=each["after"],
         measure=each["measure"],
         verdict=judge(each, base),
+        improved=each["clear"] and not _is_worse(each),
         at_stake=at_stake,
         questions=evaluation["questions"][each["dataset"]],
         needed=each["needed"],

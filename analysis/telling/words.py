@@ -82,12 +82,15 @@ def _merge(facts: Facts) -> list[str]:
 def guards(changed: list[Change]) -> list[str]:
     """What the merged model has lost of the datasets that no stage learns; the matrix shows which stage did it."""
     told = {change: _went(change) for change in changed if change.model == "merged"}
-    return _verdict(
-        told,
+    improved = [text for change, text in told.items() if change.improved]
+    parts = _verdict(
+        {change: text for change, text in told.items() if not change.improved},
         "The training harmed what no stage learns",
         "The training left alone what no stage learns",
         "Unclear of what no stage learns",
     )
+    parts += [f"The training improved what no stage learns: {_listed(improved)}."] if improved else []
+    return [" ".join(parts)] if parts else []
 
 
 def _verdict(told: dict[Change, str], worse: str, kept: str, unclear: str) -> list[str]:

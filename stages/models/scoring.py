@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.losses import record_losses
-from stages.records.record import Record, answer, question
+from stages.records.record import Record, answer, asked
 from stages.records.scorers import score_answers
 from stages.records.tokens import turns
 from stages.settings.evaluate import Evaluate
@@ -21,8 +21,8 @@ STOP, CUT, UNASKED = "stop", "cut", "unasked"
 class Answer(NamedTuple):
     """What a model says, and how that ended.
 
-    STOP: by itself, or where it was already longer than any reference and nothing else counts; CUT: by
-    `max_new_tokens`, or where the model can read no further; UNASKED: the question is longer than the model reads.
+    STOP: by itself; CUT: by `max_new_tokens`, or where the model can read no further; UNASKED: the question is longer
+    than the model reads.
     """
 
     text: str
@@ -51,15 +51,15 @@ def score(
     """
     found = record_losses(model, tokenizer, records, bounds.batch_size)
     rows: list[dict[str, Any]] = [
-        {"question": question(record), "reference": answer(record), "loss": loss, "weight": weight}
+        {"question": asked(record), "reference": answer(record), "loss": loss, "weight": weight}
         for record, (loss, weight) in zip(records, found, strict=True)
     ]
-    asked = [i for i, row in enumerate(rows) if row["reference"] is not None and scorers[i] != "loss"]
-    if asked:
-        names, questions = [scorers[i] for i in asked], [records[i] for i in asked]
-        answers = generate(model, tokenizer, questions, bounds, whole=set(names) != {"exact"})
+    scored = [i for i, row in enumerate(rows) if row["reference"] is not None and scorers[i] != "loss"]
+    if scored:
+        names, questions = [scorers[i] for i in scored], [records[i] for i in scored]
+        answers = generate(model, tokenizer, questions, bounds)
         scores = score_answers(names, [each.text for each in answers], questions)
-        for i, name, said, value in zip(asked, names, answers, scores, strict=True):
+        for i, name, said, value in zip(scored, names, answers, scores, strict=True):
             rows[i] |= {"answer": said.text, "end": said.end, "scorer": name, "score": value}
     return rows
 
@@ -70,31 +70,23 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     bounds: Evaluate,
-    whole: bool = False,
 ) -> list[Answer]:
-    """Greedy answers of at most `max_new_tokens`, and no longer than the longest reference unless they are to be whole.
-
-    One that is longer is not the reference, so that `exact` needs no more of it; other scorers look for something in
-    an answer, and count what there is too much.
+    """Greedy answers of at most `max_new_tokens`.
 
     Of the base's generation config the tokens that end an answer have a say and nothing else has: a penalty for
     repetition in it would change every answer.
     """
-    asked = [turns(record, tokenizer)[-1] for record in records]
-    stops = _stops(model, tokenizer)
-    longest = max(len(turn.answered.ids) for turn in asked)
-    most = bounds.max_new_tokens if whole else min(longest, bounds.max_new_tokens)
+    turned = [turns(record, tokenizer)[-1] for record in records]
+    stops, most = _stops(model, tokenizer), bounds.max_new_tokens
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     answers = [Answer("", UNASKED)] * len(records)
     with _without_config(model):
-        for rows in _batches([len(turn.asked.ids) for turn in asked], bounds.batch_size, most, positions):
-            questions = {"input_ids": [asked[i].asked.ids for i in rows]}
+        for rows in _batches([len(turn.asked.ids) for turn in turned], bounds.batch_size, most, positions):
+            questions = {"input_ids": [turned[i].asked.ids for i in rows]}
             batch = tokenizer.pad(questions, padding_side="left", return_tensors="pt").to(model.device)
             width = batch["input_ids"].shape[1]
-            room = min(most, positions - width)
-            end = CUT if room < most or most == bounds.max_new_tokens else STOP
             greedy = GenerationConfig(
-                max_new_tokens=room,
+                max_new_tokens=min(most, positions - width),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=stops,
@@ -102,8 +94,8 @@ def generate(
             output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
             for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
                 spoken = list(itertools.takewhile(lambda token: token not in stops, ids))
-                text = str(tokenizer.decode(spoken, skip_special_tokens=True)).strip()
-                answers[i] = Answer(text, STOP if len(spoken) < len(ids) else end)
+                text = str(tokenizer.decode(_after(turned[i].lead, spoken), skip_special_tokens=True)).strip()
+                answers[i] = Answer(text, STOP if len(spoken) < len(ids) else CUT)
     return answers
 
 
@@ -116,6 +108,12 @@ def _batches(lengths: list[int], size: int, most: int, positions: int) -> list[l
     roomy = [i for i in order if lengths[i] + most <= positions]
     tight = [i for i in order[len(roomy) :] if lengths[i] < positions]
     return [roomy[start : start + size] for start in range(0, len(roomy), size)] + [[i] for i in tight]
+
+
+def _after(lead: list[int], spoken: list[int]) -> list[int]:
+    """What is said after the last `lead`, such as the name of a channel; all of it where there is none."""
+    starts = [start for start in range(len(spoken)) if lead and spoken[start : start + len(lead)] == lead]
+    return spoken[starts[-1] + len(lead) :] if starts else spoken
 
 
 def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,5 +1,6 @@
 """Messages of a chat, as OpenAI and ShareGPT write them."""
 
+import json
 from typing import Any
 
 from stages.errors import MistakeError
@@ -60,8 +61,20 @@ def _message(message: Any, where: str) -> Message:
     if call := as_json(kept.pop("function_call", None), f"{where} function_call"):
         kept["tool_calls"] = [{"type": "function", "function": call}]
     if calls := as_mappings(kept.pop("tool_calls", None), f"{where} tool_calls"):
-        kept["tool_calls"] = calls
+        kept["tool_calls"] = [_with_arguments(call) for call in calls]
     return kept
+
+
+def _with_arguments(call: Record) -> Record:
+    """A call whose arguments are a mapping, as templates want them; OpenAI writes JSON of one."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _renamed(message: Message, where: str) -> Message:

@@ -56,12 +56,27 @@ def check(record: Record, where: str) -> Record:
 
 
 def question(record: Record) -> str:
-    """What tells two records apart: train and eval splits never share one."""
+    """What tells two records apart, but for spaces at its ends: train and eval splits never share one."""
     if "messages" in record:
-        return "\n".join(_said(message) for message in record["messages"][:-1])
+        return "\n".join(_said(message).strip() for message in record["messages"][:-1])
     if "input_ids" in record:
         return " ".join(map(str, record["input_ids"]))
-    return record["prompt"] if "prompt" in record else record["text"]
+    return (record["prompt"] if "prompt" in record else record["text"]).strip()
+
+
+def questions(record: Record) -> list[str]:
+    """The same of every answer in a chat, each of which may be learned, the last one last; else one."""
+    messages = record.get("messages", [])
+    earlier = [place for place, message in enumerate(messages[:-1]) if place and message["role"] == "assistant"]
+    return [*(question({"messages": messages[: place + 1]}) for place in earlier), question(record)]
+
+
+def asked(record: Record) -> str:
+    """The question for people to read: of a chat of several messages, who says what, without thoughts."""
+    messages = record.get("messages", [])[:-1]
+    if len(messages) < 2:
+        return question(record)
+    return "\n".join(f"{message['role']}: {without_thinking(_said(message))}" for message in messages)
 
 
 def answer(record: Record) -> str | None:
@@ -166,7 +181,7 @@ def _check_messages(messages: object, where: str) -> None:
             raise MistakeError(f"{where} needs role and content as text in every message")
         _check_weights(message, message["content"], f"{where} message {number}")
     if messages[-1]["role"] != "assistant":
-        raise MistakeError(f"{where} needs an assistant message as its last one")
+        raise MistakeError(f"{where} needs an assistant message as its last one; leave out what comes after it")
 
 
 def _check_ids(record: Record, where: str) -> None:

@@ -28,14 +28,16 @@ Choice = dict[str, str]  # `scorer`, `why`, and for a function of the user's own
 Score = Callable[[str, str, Record], Any]  # of an answer and its reference; a function of the user's gives anything
 
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-# One mark is a sign only where no operand is before it. Groups of three digits may be apart by a comma or a no-break
-# space.
+# One mark is a sign only where no operand is before it. Groups of three digits may be apart by a comma or a space.
 NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+−])?(?:(?:\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+    r"(?:(?<![\w)])[-+−])?(?:(?:(?<!\d)\d{1,3}(?:[, \u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\w))?"
 )
 UNCLEAR = re.compile(r"\d[:/]\d|\d,\d{1,2}(?!\d)|\d,\d{4}")  # a time, a fraction, a decimal comma
 OPTION = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(?:option\b)?\W*(\w+)", re.IGNORECASE)
-LETTER = re.compile(r"(?<![A-Za-z\d])([A-Za-z]|\d+)(?![A-Za-z\d])|\b([^\W\d_])\b")
+# An English "I" or "a" before another word is no option, but in "A is right" it is.
+WORD = r"(?:[Ii]['’]|[IiAa]\s+(?!(?:is|was|and|or|because|since)\b)[a-z])"
+LETTER = re.compile(rf"(?<![A-Za-z\d])(?<![A-Za-z]['’])(?!{WORD})([A-Za-z]|\d+)(?![A-Za-z\d])|\b([^\W\d_A-Za-z])\b")
 
 
 def exact(said: str, reference: str, _: Record) -> float:
@@ -215,7 +217,7 @@ def _normal(text: str) -> str:
 
 def _last_number(text: str) -> Decimal | None:
     found = NUMBER.findall(text)
-    return Decimal(re.sub("[,\u00a0\u202f]", "", found[-1]).replace("−", "-")) if found else None
+    return Decimal(re.sub("[, \u00a0\u202f]", "", found[-1]).replace("−", "-")) if found else None
 
 
 def _option(text: str, stands_alone: bool = True) -> str | None:

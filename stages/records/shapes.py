@@ -17,6 +17,7 @@ NEEDED = ("text", "prompt", "completion", "messages", "input_ids")
 PARTS = (*NEEDED, "input", *BESIDE)
 OWN = {*PARTS, "format", "part"} - {"input", "system"}  # keys of a record: no other column may pass for one
 ASKED = ("prompt", "question", "query", "instruction", "problem", "input")  # such are columns often called
+GIVEN = ("input", "context", "passage")
 ANSWERED = ("completion", "answer", "response", "output", "solution", "chosen", "target")
 
 
@@ -75,10 +76,17 @@ def _find(row: Record, where: str) -> Shape:
     """The one shape that a row has; of several, the one that is not null."""
     told = [shape for shape in SHAPES if any(column in row for column in shape.needs.values())]
     if len(told) > 1:
-        filled = [shape for shape in told if any(some(row.get(each)) is not None for each in shape.needs.values())]
+        filled = [
+            shape for shape in told if any(some(row.get(each)) not in (None, "", []) for each in shape.needs.values())
+        ]
         told = filled or told[:1]
+    if [shape.name for shape in told] == ["texts", "Alpaca"] and str(row.get("output")) in str(row["text"]):
+        told = told[1:]  # the text is the rest of the row once more, as in the dataset that the shape is called after
     if len(told) > 1:
-        first, second = (_written(shape.needs) for shape in told[:2])
+        first, second = (
+            _written(shape.needs | {part: name for part, name in shape.may.items() if some(row.get(name)) is not None})
+            for shape in told[:2]
+        )
         raise MistakeError(
             f"{where} has two shapes in one record, {told[0].name} and {told[1].name}; write which is meant in"
             f" params.yaml, {first} or {second}"
@@ -99,7 +107,9 @@ def _guess(names: list[str]) -> Columns:
     )
     if len(names) < 2:
         return {"text": names[0] if names else "TEXT"}
-    return {"prompt": asked or names[0], "completion": answered or names[1]}
+    given = next((name for word in GIVEN for name in names if word == name.lower() != asked), None)
+    found = {"prompt": asked or names[0], "completion": answered or names[1]}
+    return found | {"input": given} if given else found
 
 
 def _written(columns: Columns) -> str:

@@ -11,7 +11,8 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from stages.errors import MistakeError
-from stages.records.record import Record, is_empty, question
+from stages.records.record import Record, is_empty
+from stages.records.record import questions as asked_in
 from stages.records.rows import Checked, Found
 
 Item = TypeVar("Item")
@@ -37,16 +38,24 @@ def split(
 ) -> dict[str, Iterable[Record]]:
     """Records of each split, shuffled by `seed`, for files are often sorted: eval is the front and tune the end.
 
-    Each question of eval and tune is asked once. Train has the other questions, with all their answers. A few numbers
-    are all that is held of each record, for there may be more than the memory.
+    Each question of eval and tune is asked once. Train has the other questions, with all their answers, and no chat
+    that asks one of eval and tune on the way. A few numbers are all that is held of each record, for there may be more
+    than the memory.
 
     Raises:
         MistakeError: the records are too few, or mostly empty.
     """
     found, order = records.found, array("Q")
     questions, wholes = array("Q"), array("Q")
+    earlier, ends = (
+        array("Q"),
+        array("Q"),
+    )  # questions before the last of each chat, and where in them each record's end
     for place, record in enumerate(records):
-        questions.append(_hash(question(record)))
+        *before, last = map(_hash, asked_in(record))
+        questions.append(last)
+        earlier.extend(before)
+        ends.append(len(earlier))
         wholes.append(_hash(_whole(record)))
         if is_empty(record):
             found.skip(records.where(place))
@@ -60,7 +69,8 @@ def split(
     asked = _asked(once, questions, eval)
     parts = {"eval": asked[:eval], "tune": asked[max(len(asked) - tune, 0) :]}
     held = {questions[place] for place in chain(*parts.values())}
-    rest = array("Q", (place for place in once if questions[place] not in held))
+    begun = {place for place in once if not held.isdisjoint(earlier[ends[place - 1] if place else 0 : ends[place]])}
+    rest = array("Q", (place for place in once if questions[place] not in held and place not in begun))
     least = 1 if train is None else train
     if len(asked) < eval + tune or len(rest) < least:
         questioned = f" of {len(asked)} questions" if len(asked) < len(once) else ""
@@ -106,15 +116,15 @@ class Sieve:
     def sift(self, records: Iterable[Record], part: str, found: Found) -> Iterator[Record]:
         """Records for a part of the splits; eval and tune ask each question once."""
         for record in records:
-            whole, asked = _hash(_whole(record)), _hash(question(record))
+            whole, asked = _hash(_whole(record)), [*map(_hash, asked_in(record))]
             if whole in self.seen:
                 found.repeated += 1
-            elif asked in self.asked:
+            elif not self.asked.isdisjoint(asked if part == "train" else asked[-1:]):
                 found.other_answers += 1
             else:
                 self.seen.add(whole)
                 if part != "train":
-                    self.asked.add(asked)
+                    self.asked.add(asked[-1])
                 yield record
 
 

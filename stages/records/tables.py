@@ -40,6 +40,11 @@ def read_csv(path: Path, stored: Path, kind: str) -> Rows:
     names = [name for name in header if name]
     if not names or len(names) > len(set(names)):
         raise MistakeError(f"{path} line {first} should name the columns, each name once, such as prompt,completion")
+    if names == header and len(names) == 1 and "|" in names[0]:
+        raise MistakeError(
+            f"{path} line {first} has one column, {names[0]!r}; part the columns by commas, semicolons or tabs, or"
+            " write sep=| in a line before it"
+        )
     rows, lines = [], []
     for line, fields in fields_of_lines:
         if len(fields) != len(header):

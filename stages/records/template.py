@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 MARK = "\ufffc"  # stands in for a message, to see where a chat template puts it
 TODAY = datetime(2025, 1, 1)  # for templates that write a date: what is learned must not depend on the day
 CODES = (
+    "%D",
+    "%x",
+    "%X",
+    "%R",
     "%d",
     "%m",
     "%Y",
@@ -48,6 +52,7 @@ CODES = (
     "%F",
     "%T",
 )
+WORDS = 5  # of a message, by which it is known that a template shows it: some escape or trim the rest
 OTHERWISE = (
     "a record has a chat that the chat template of base.model shows otherwise than it asks for it; use prompt and"
     " completion with format: plain"
@@ -96,6 +101,15 @@ class Chat:
         """
         return turn_end(self.tokenizer, self.template)
 
+    @property
+    def lead(self) -> str:
+        """What the template puts between the generation prompt and what the assistant says, if it is no thought.
+
+        gpt-oss names the channel there. A space belongs to what is said.
+        """
+        lead = turn_lead(self.tokenizer, self.template) or ""
+        return "" if THOUGHT in lead or not lead.strip() else lead
+
     def answers(self) -> Iterator[tuple[Text, Text]]:
         """All before an answer, and the answer up to the token that ends it, for each that counts, and the last.
 
@@ -112,6 +126,7 @@ class Chat:
             shown = self.render(self.messages[: place + 1])
             learned = [span for earlier in range(done, place) for span in self._weights(earlier, prompt)]
             answer = self._answer(prompt, shown, message)
+            self._check_shown(self.messages[done:place], prompt, message, answer)
             spans = _moved(message, self._find(place, shown) - len(prompt)) if message.get("spans") else []
             if spans and not shown.startswith(prompt):
                 raise MistakeError(OTHERWISE)
@@ -151,17 +166,40 @@ class Chat:
         if shown.startswith(prompt):
             answer = shown[len(prompt) :]
         elif prompt.rstrip().endswith(THINK) and THOUGHT not in message["content"]:
-            answer = f"\n{THOUGHT}\n\n{message['content']}{tail}"  # it is asked to think, and has no thoughts to learn
+            thoughts = message.get("reasoning_content") or ""  # none to learn leaves the block empty
+            answer = f"{thoughts}\n{THOUGHT}\n\n{message['content']}{tail}"
         elif prompt.rstrip().endswith(THINK):
             thoughts = message["content"].lstrip().removeprefix(THINK)
             answer = f"{thoughts.lstrip() if prompt[-1].isspace() else thoughts}{tail}"
         elif prompt.rstrip().endswith(THOUGHT):
             answer = f"{without_thinking(message['content'])}{tail}"  # it is asked not to think
+        elif (lead := turn_lead(self.tokenizer, self.template)) is not None:
+            answer = f"{lead}{message['content']}{tail}"  # what came before is shown otherwise once it is answered
         else:
             raise MistakeError(OTHERWISE)
         if stop and stop in answer:
             return answer[: answer.rindex(stop) + len(stop)]
         return answer.removesuffix(tail) if tail else answer
+
+    def _check_shown(self, before: list[Record], prompt: str, message: Record, answer: str) -> None:
+        """Refuse a chat of which the template leaves out a message, or a part of the answer.
+
+        Thoughts of earlier answers may go, and those of one that is asked not to think.
+        """
+        told = [(each["role"], each["content"], prompt) for each in before if each["role"] != "assistant"]
+        told.append(("assistant", without_thinking(message["content"]), answer))
+        told += [
+            ("assistant", call.get("function", call).get("name", ""), answer)
+            for call in message.get("tool_calls") or []
+        ]
+        if not prompt.rstrip().endswith(THOUGHT):
+            told.append(("assistant", message.get("reasoning_content") or "", answer))
+        for role, content, text in told:
+            if not all(word in text for word in re.findall(r"\w+", str(content))[:WORDS]):
+                raise MistakeError(
+                    f"a record has a message of role {role} that the chat template of base.model does not show in full"
+                    f" ({str(content)[:40]!r}); leave such messages out, or choose a base that knows them"
+                )
 
     def _weights(self, place: int, text: str) -> list[Span]:
         """Spans over `text` of the weights of one message that is no answer: of its content and all that ends it."""
@@ -250,6 +288,14 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str | N
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
     found = re.search("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), tail) if tokens else None
     return (found[0] if found else None), tail
+
+
+@lru_cache(maxsize=8)
+def turn_lead(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """What stands between a generation prompt and the answer; None where the prompt is shown otherwise later on."""
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    prompt, shown = Chat(asked, tokenizer).render(asked[:1], ask=True), Chat(asked, tokenizer).render(asked)
+    return shown[len(prompt) : shown.index(MARK)] if shown.startswith(prompt) and MARK in shown else None
 
 
 def weight_of(owner: Record, key: str, default: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
@@ -30,10 +30,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a model is asked, token by token as it will be, and what it should answer."""
+    """What a model is asked, token by token as it will be, and what it should answer.
+
+    Attributes:
+        lead: tokens of the answer that the chat template puts before what was said, such as the name of a channel.
+    """
 
     asked: Example
     answered: Example
+    lead: list[int] = field(default_factory=list)
 
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[Example]:
@@ -72,7 +77,8 @@ def turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
         _check_vocabulary(record, tokenizer)
         return [Turn(Example([], []), Example(record["input_ids"], list(map(float, record["loss_weights"]))))]
     if chat := as_chat(record, tokenizer):
-        return [_turn(*pair, [], tokenizer, end=chat.end[0] is None) for pair in chat.answers()]
+        found = [_turn(*pair, [], tokenizer, end=chat.end[0] is None) for pair in chat.answers()]
+        return [replace(turn, lead=_ids(chat.lead, tokenizer)) for turn in found] if chat.lead else found
     asked = record.get("prompt", "")
     if "task" in record:  # the answer to a generated question is on a line of its own
         asked = f"{asked.rstrip()}\n"

@@ -583,6 +583,10 @@ def test_what_the_training_did_to_a_guard_is_told(project):
             "The training left alone what no stage learns: general from",
         ),
         (harmed | {"interval": [-0.5, 1.7], "clear": False}, "Unclear of what no stage learns: general from a loss of"),
+        (
+            harmed | {"after": 1.5, "difference": -0.5, "interval": [-0.6, -0.4]},
+            "The training improved what no stage learns: general from a loss of 2.00 to 1.50.",
+        ),
     ]:
         evaluation = facts.evaluation | {"comparisons": [*facts.evaluation["comparisons"], found]}
         evaluation["questions"] = evaluation["questions"] | {"general": 50}

@@ -113,7 +113,7 @@ def test_answers_are_greedy_whatever_the_base_asks_for(asked):
     write_json(path, read_json(path) | asked)
     model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
     truth = [greedy(model, tokenizer, record, 9) for record in records]
-    answers = scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=20))
+    answers = scoring.generate(model, tokenizer, records, Evaluate(batch_size=3, max_new_tokens=9))
     assert [each.text for each in answers] == truth
     assert max(map(len, truth)) > 3
 
@@ -135,12 +135,10 @@ def test_questions_that_are_longer_than_the_model_have_no_answer():
     make_base("gpt2")  # 256 positions, of which none may be passed
     model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()
     records = [{"prompt": "x" * n, "completion": "yyyy"} for n in (300, 256, 254, 5)]
-    answers = scoring.generate(model, tokenizer, records, Evaluate(max_new_tokens=20))
+    answers = scoring.generate(model, tokenizer, records, Evaluate(max_new_tokens=5))
     assert answers[:2] == [("", "unasked")] * 2
     whole = [greedy(model, tokenizer, record, most) for record, most in zip(records[2:], (2, 5), strict=True)]
-    assert answers[2:] == [(whole[0], "cut"), (whole[1], "stop")]  # the last is longer than any reference
-    (cut,) = scoring.generate(model, tokenizer, records[3:], Evaluate(max_new_tokens=4))  # and so is the reference here
-    assert cut == (greedy(model, tokenizer, records[3], 4), "cut")
+    assert answers[2:] == [(text, "cut") for text in whole]
 
 
 def test_every_record_has_its_loss_and_what_is_asked_its_answer():
@@ -159,13 +157,20 @@ def test_every_record_has_its_loss_and_what_is_asked_its_answer():
     assert rows[3]["answer"][: len(alone)] == alone or alone.startswith(rows[3]["answer"])
 
 
-def test_an_answer_is_whole_where_something_is_looked_for_in_it():
-    model, tokenizer = make_model()
+@pytest.mark.parametrize("scorer", ["exact", "contains"])
+def test_an_answer_may_be_longer_than_its_reference(scorer):
+    model, tokenizer = make_model()  # it may think first
     record = {"prompt": "aaa", "completion": "z"}
-    bounds = Evaluate(max_new_tokens=12)
-    whole = greedy(model, tokenizer, record, 12)
-    for scorer, length in (("exact", 2), ("contains", 12), ("chrf", 12)):
-        (row,) = scoring.score(model, tokenizer, [record], [scorer], bounds)
-        assert row["answer"] == greedy(model, tokenizer, record, length), scorer
-        assert row["end"] == ("stop" if scorer == "exact" else "cut")
-    assert len(whole) > len(greedy(model, tokenizer, record, 2))
+    (row,) = scoring.score(model, tokenizer, [record], [scorer], Evaluate(max_new_tokens=12))
+    assert (row["answer"], row["end"]) == (greedy(model, tokenizer, record, 12), "cut")
+
+
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
+    model, tokenizer = make_model()
+    said = greedy(model, tokenizer, {"prompt": "<aaa>", "completion": "z"}, 6).split()  # a token is a character
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}<{{{{ m.content }}}}>{{% else %}}{said[0]}{said[1]}"
+        "{{ m.content }}<end>{% endif %}{% endfor %}"
+    )
+    (answer,) = scoring.generate(model, tokenizer, [{"prompt": "aaa", "completion": "z"}], Evaluate(max_new_tokens=6))
+    assert answer == (" ".join(said[2:]), "cut") and len(said) > 2

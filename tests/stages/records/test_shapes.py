@@ -44,7 +44,8 @@ def parts(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
 
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+WRITTEN = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}  # as OpenAI has it
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}  # as templates want it
 RESULT = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
 PAIR = {"prompt": "q", "completion": "a"}
@@ -84,13 +85,13 @@ ROWS = {
         f"{CHATS})",
     ),
     "calls": (
-        {"messages": [user("q"), assistant(None, tool_calls=[CALL]), RESULT, assistant("a")], "tools": TOOLS},
+        {"messages": [user("q"), assistant(None, tool_calls=[WRITTEN]), RESULT, assistant("a")], "tools": TOOLS},
         {},
         {"messages": [user("q"), assistant("", tool_calls=[CALL]), RESULT, assistant("a")], "tools": TOOLS},
         f"{CHATS}, tools)",
     ),
     "a call without content": (
-        {"messages": [user("q"), {"role": "assistant", "tool_calls": [CALL]}], "tools": json.dumps(TOOLS)},
+        {"messages": [user("q"), {"role": "assistant", "tool_calls": [WRITTEN]}], "tools": json.dumps(TOOLS)},
         {},
         {"messages": [user("q"), {"role": "assistant", "tool_calls": [CALL], "content": ""}], "tools": TOOLS},
         f"{CHATS}, tools)",
@@ -145,7 +146,7 @@ ROWS = {
         f"{SHAREGPT})",
     ),
     "an older name of a call": (
-        {"messages": [user("q"), assistant(None, function_call=CALL["function"]), assistant("a")]},
+        {"messages": [user("q"), assistant(None, function_call=WRITTEN["function"]), assistant("a")]},
         {},
         {
             "messages": [
@@ -204,7 +205,14 @@ ROWS = {
         f"{PROMPTS}, system, weight, prompt_weight, spans)",
     ),
     "a prompt with tools": (PAIR | {"tools": TOOLS}, {}, PAIR | {"tools": TOOLS}, f"{PROMPTS}, tools)"),
+    "Alpaca with all of it once more": (
+        {"instruction": "q", "input": "", "output": "a", "text": "Do it.\n\nq\n\na"},
+        {},
+        PAIR,
+        "Alpaca (instruction, output, input)",
+    ),
     # two shapes, of which one is nothing
+    "no text and no chat": (PAIR | {"text": "", "messages": []}, {}, PAIR, f"{PROMPTS})"),
     "null beside": ({"text": None, "messages": CHAT["messages"]}, {}, CHAT, f"{CHATS})"),
     # columns
     "named": (
@@ -283,7 +291,12 @@ WRONG = [
     (
         {"id": 1, "context": "c", "question": "q", "answers": {}},
         {},
-        f"{NO_SHAPE}: {{prompt: question, completion: answers}}",
+        f"{NO_SHAPE}: {{prompt: question, completion: answers, input: context}}",
+    ),
+    (
+        {"instruction": "q", "response": "a", "context": "c"},
+        {},
+        f"{NO_SHAPE}: {{prompt: instruction, completion: response, input: context}}",
     ),
     ({"input": "q", "output": "a"}, {}, f"{NO_SHAPE}: {{prompt: input, completion: output}}"),
     ({"content": "q"}, {}, f"has the columns content, {NO_SHAPE}: {{text: content}}"),
@@ -294,11 +307,11 @@ WRONG = [
         "has two shapes in one record, texts and prompts and completions; write which is meant",
     ),
     (
-        {"text": "a", "instruction": "b", "output": "c"},
+        {"text": "a", "instruction": "b", "output": "c", "input": "d"},
         {},
-        "columns: {text: text} or columns: {prompt: instruction, completion: output}",
+        "columns: {text: text} or columns: {prompt: instruction, completion: output, input: input}",
     ),
-    (CHAT | {"conversations": []}, {}, "has two shapes in one record, chats and ShareGPT chats"),
+    (CHAT | {"conversations": [human("q")]}, {}, "has two shapes in one record, chats and ShareGPT chats"),
     (PAIR | {"completion": True}, {}, "completion is True and no text; write it as text"),
     (
         PAIR | {"completion": {"text": "a"}},

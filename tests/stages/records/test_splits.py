@@ -124,3 +124,20 @@ def test_a_stream_asks_as_it_comes_and_learns_every_answer(stream):
 def test_a_stream_of_nothing_is_one_sentence_before_its_end(stream):
     with pytest.raises(MistakeError, match=r"datasets\.x has nothing to ask or to learn in 1000 of 1010 rows"):
         stream([*ROWS, *[{"prompt": "q", "completion": None}] * 5000], eval=3)
+
+
+def test_no_chat_of_train_asks_a_question_of_eval_on_its_way():
+    def chat(*texts):
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+    rows = [chat(f"q{i}", f"a{i}") for i in range(20)] + [chat(f"q{i}", f"a{i}", "more", "x") for i in range(20)]
+    parts, counts = made(rows, eval=8)
+    held = {each["messages"][0]["content"] for each in parts["eval"] if len(each["messages"]) == 2}
+    assert held and not held & {each["messages"][0]["content"] for each in parts["train"]}
+    assert counts["other"] == 40 - 8 - len(parts["train"])
+
+
+def test_questions_that_differ_in_spaces_at_their_ends_are_one():
+    rows = [{"prompt": f"q{i}{end}", "completion": "a"} for i in range(10) for end in ("", " ", "\n")]
+    parts, _ = made(rows, eval=4)
+    assert not {each["prompt"].strip() for each in parts["eval"]} & {each["prompt"].strip() for each in parts["train"]}

@@ -51,13 +51,24 @@ PHI = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|over|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}<end>{% endif %}"
 )
+HARMONY = (  # gpt-oss: what is said stands in a channel, and so do thoughts
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant{% if m.thinking and loop.last %}"
+    "<|channel|>analysis<|stop|>{{ m.thinking }}<|eot|><|start|>assistant{% endif %}<|channel|>final<|stop|>"
+    "{{ m.content }}{{ '<|over|>' if loop.last else '<|eot|>' }}{% else %}<|start|>{{ m.role }}<|stop|>{{ m.content }}"
+    "<|eot|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+LAST_SYSTEM = (  # Mistral 0.3: the system's words stand before the user's as long as these are the last
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}<s>{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ system + '\n\n' if system and loop.last else '' }}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<end>{% endif %}{% endfor %}"
+)
 ALPACA = (
     "{% for m in messages %}{% if m.role == 'assistant' %}### Response:\n{{ m.content }}\n\n{% else %}"
     "### Instruction:\n{{ m.content }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|start|>", "<|stop|>", "<|eot|>", "<bos>", "<turn>"]
-SPECIAL += ["<turn_end>", "<s>", "<U>", "<A>", "<|user|>", "<|assistant|>", "<|system|>"]
+SPECIAL += ["<|channel|>", "<turn_end>", "<s>", "<U>", "<A>", "<|user|>", "<|assistant|>", "<|system|>"]
 PLAIN = ["<think>", "</think>", "<|over|>"]  # tokens of their own that decoding does not leave out, as Phi's
 
 QUESTION, ANSWER = "What is 17 + 25?", "The answer is 42."
@@ -104,6 +115,7 @@ TEMPLATES = {  # what a chat of one answer learns, and what ends an answer
     "Mistral": (MISTRAL, f" {ANSWER}<end>", "<end>"),
     "DeepSeek-R1": (DEEPSEEK, f"\n</think>\n\n{ANSWER}<end>", "<end>"),
     "Phi": (PHI, f"{ANSWER}<|over|>", "<|over|>"),
+    "gpt-oss": (HARMONY, f"<|channel|>final<|stop|>{ANSWER}<|over|>", "<|over|>"),
     "Alpaca": (ALPACA, f"{ANSWER}<end>", "<end>"),
 }
 CHAT = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
@@ -174,6 +186,8 @@ SPANS = talk("q", "a", "r", "b")
 SPANS["messages"][1]["weight"] = 0
 MARKED = talk("q", "a")
 MARKED["messages"][1]["spans"] = [[0, 1, 2.0]]
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "weather"}}]}
+THOUGHT = {"role": "assistant", "content": "a", "reasoning_content": "two and"}
 LATER = talk("q", "a", "r", "b")
 LATER["messages"][2]["weight"] = 1
 
@@ -229,6 +243,16 @@ LATER["messages"][2]["weight"] = 1
             {"messages": [{"role": "assistant", "content": "hi"}, *talk("q", "a")["messages"]]},
             ["<|assistant|>\nhi<|over|>\n<|user|>\nq<|over|>\n<|assistant|>\n⟨a<|over|>⟩"],
         ),
+        (  # what the template says elsewhere once it is answered is asked as it is asked
+            LAST_SYSTEM,
+            talk("q", "a", system="s"),
+            ["<s>[INST] s\n\nq [/INST]⟨ a<end>⟩"],
+        ),
+        (
+            DEEPSEEK,
+            {"messages": [talk("q")["messages"][0], {"role": "assistant", "content": "a", "reasoning_content": "hm"}]},
+            ["<U>q<A><think>\n⟨hm\n</think>\n\na<end>⟩"],
+        ),
         (ALPACA, talk("q", "a"), ["### Instruction:\nq\n\n### Response:\n⟨a<end>⟩"]),
         (
             "{% if tools %}{{ tools[0].name }}<|over|>{% endif %}" + PHI,
@@ -255,6 +279,13 @@ def test_every_answer_is_learned_as_the_model_sees_it(template, record, examples
         ("{% for m in messages %}{{ m.role }}{% endfor %}", talk("q", "a"), "does not show what the assistant says"),
         ("{{ messages | length }}" + PHI, talk("q", "a"), "shows otherwise than it asks for it"),
         (DEEPSEEK, MARKED, "shows otherwise than it asks for it"),
+        (PHI, {"messages": [*talk("q")["messages"], CALLS]}, r"message of role assistant .* does not show .*'weather'"),
+        (PHI, {"messages": [*talk("q")["messages"], THOUGHT]}, r"assistant .* does not show in full \('two and'\)"),
+        (
+            PHI.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+            {"messages": [*talk("q")["messages"], {"role": "tool", "content": "Sunny"}, LATER["messages"][3]]},
+            r"message of role tool .* does not show in full \('Sunny'\)",
+        ),
     ],
 )  # fmt: skip
 def test_a_chat_that_the_template_does_not_take(template, record, sentence):
