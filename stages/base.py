@@ -10,7 +10,7 @@ from stages.errors import MistakeError, first_line, run
 from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
-from stages.models.source import forget_quantisation, locate, resolve_dtype
+from stages.models.source import forget_quantisation, locate, refuse_quantised, resolve_dtype
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
 
@@ -22,10 +22,11 @@ def main() -> None:
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
     try:
+        refuse_quantised(settings.model, source)
         model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
         source.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise MistakeError(
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GgufConfig
+from transformers import GgufConfig, PreTrainedConfig
 
 from stages.errors import MistakeError
 from stages.files import sha256
@@ -74,6 +74,26 @@ def resolve_dtype(name: str) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def refuse_quantised(name: str, source: dict[str, Any]) -> None:
+    """Raise a MistakeError for weights that are kept as whole numbers or in eight bits, a .gguf file's excepted.
+
+    Args:
+        name: what params.yaml calls the model.
+        source: what `locate` found.
+    """
+    if "gguf_file" in source:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**source)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # one for text, one for images
+    for key in ("quantization_config", "compression_config"):
+        if found := next((part[key] for part in parts if part.get(key)), None):
+            method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "an unknown way")
+            raise MistakeError(
+                f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
+                " weights; give the model that it was made from, in float or bfloat16"
+            )
 
 
 def forget_quantisation(model: Any) -> None:

@@ -126,7 +126,7 @@ def test_equal_models_and_tensors_that_one_lacks_are_told(first):
     ("folders", "sentence"),
     [
         (["nowhere", "first"], "nowhere is no model with config.json"),
-        (["first", "nowhere"], "nowhere holds neither model"),
+        (["first", "nowhere"], "nowhere holds no model.safetensors"),
     ],
 )
 def test_a_folder_that_is_no_model_is_one_sentence(first, folders, sentence):
