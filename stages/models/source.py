@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GgufConfig, PreTrainedConfig
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from stages.errors import MistakeError
 from stages.files import sha256
@@ -94,6 +94,34 @@ def refuse_quantised(name: str, source: dict[str, Any]) -> None:
                 f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
                 " weights; give the model that it was made from, in float or bfloat16"
             )
+
+
+def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Raise a MistakeError for a model that its files do not give whole; transformers draws what is missing at random.
+
+    Args:
+        name: what params.yaml calls the model.
+        model: as it was loaded.
+        loading: what `from_pretrained` told of it.
+    """
+    told = f"params.yaml: base.model {name!r}"
+    if model._hf_peft_config_loaded:
+        raise MistakeError(
+            f"{told} has an adapter beside its weights; take it away, and import it as a stage of its own"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise MistakeError(
+            f"{told} lacks {missing[0]}, one of {len(missing)} that a {type(model).__name__} has; give a causal"
+            " language model whose files are whole"
+        )
+    for parameter, found, wanted in sorted(loading["mismatched_keys"]):
+        raise MistakeError(
+            f"{told} has {parameter} of {list(found)}, where its config.json makes it {list(wanted)}; download both"
+            " again"
+        )
+    for parameter, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise MistakeError(f"{told} has numbers in {parameter} that are not finite; download it again")
 
 
 def forget_quantisation(model: Any) -> None:

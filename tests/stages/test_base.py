@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages import base
@@ -113,6 +114,38 @@ def test_a_quantised_model_is_one_sentence(project, key, config, method):
     write_json(Path("model/config.json"), read_json(Path("model/config.json")) | {key: config})
     with pytest.raises(MistakeError, match=rf"^params.yaml: base.model 'model' is quantised \({method}\)"):
         base.main()
+    assert not BASE.exists()
+
+
+def without(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.up_proj" not in name}
+
+
+def adapted():
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("model"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained("model")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (without, "lacks model.layers.2.mlp.up_proj.weight, one of 1 that a LlamaForCausalLM has"),
+        (lambda tensors: tensors | {NORM: torch.ones(3)}, f"has {NORM} of [3], where its config.json makes it [32]"),
+        (lambda tensors: tensors | {NORM: tensors[NORM] * torch.nan}, f"has numbers in {NORM} that are not finite"),
+        (adapted, "has an adapter beside its weights; take it away, and import it as a stage"),
+    ],
+)
+def test_a_model_that_its_files_do_not_give_whole_is_one_sentence(project, spoil, sentence):
+    if spoil is adapted:
+        adapted()
+    else:
+        save_file(spoil(load_file("model/model.safetensors")), "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(MistakeError) as mistake:
+        base.main()
+    assert str(mistake.value).startswith(f"params.yaml: base.model 'model' {sentence}")
     assert not BASE.exists()
 
 
