@@ -49,19 +49,63 @@ CONFIGS = {
     "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
 }
 BIASES = {"all biases": "qwen2", "biases of its modules": "qwen2", "a bias of LoRA's own": "qwen2"}  # bases with some
+KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
 KEYS = {  # that a type of PEFT needs, or that make it small
     "ADALORA": {"total_step": 10},
     "BOFT": {"boft_block_size": 8},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 20},
-    "IA3": {"feedforward_modules": []},
-    "MISS": {"r": 8},
-    "ROAD": {"group_size": 16},
+    "IA3": {"feedforward_modules": ["down_proj"]},
     "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "MISS": {"r": 8},
     "OFT": {"oft_block_size": 8},
+    "ROAD": {"group_size": 16},
     "SHIRA": {"r": 2},
     "WAVEFT": {"n_frequency": 20},
 }
+VALUES = [  # of keys, each for all types that have them
+    {"r": 2, "oft_block_size": 0},
+    {"r": 4, "init_r": 4},
+    {"alpha": 3},
+    {"scaling": 2.5},
+    {"random_seed": 5},
+    {"random_seed": 5, "mask_type": "random"},
+    {"random_loc_seed": 5},
+    {"n_frequency": 10},
+    {"n_frequency_pattern": {"q_proj": 7}},
+    {"exclude_modules": ["down_proj"]},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"fan_in_fan_out": True},
+    {"bias": "all"},
+    {"init_weights": False},
+    {"lora_alpha": 3, "use_rslora": True},
+    {"boft_block_size": 0, "boft_block_num": 4},
+    {"boft_n_butterfly_factor": 2},
+    {"block_size_pattern": {"q_proj": 4}},
+    {"decomposition_method": "relu"},
+    {"decomposition_method": "qr", "para": True},
+    {"delora_lambda": 3, "lambda_pattern": {"q_proj": 2}, "rank_pattern": {"q_proj": 2}},
+    {"config_A_B": "vector", "config_C": "vector", "config_D_E": "constant"},
+    {"gralora_k": 4, "hybrid_r": 4, "r": 8},
+    {"apply_GS": True},
+    {"feedforward_modules": []},
+    {"use_effective_conv2d": True, "alpha_pattern": {"q_proj": 3}},
+    {"decompose_both": True, "decompose_factor": 4},
+    {"init_weights": "mini", "mini_r": 2, "r": 8},
+    {"coft": True, "eps": 1e-3, "block_share": True},
+    {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+    {"cayley_neumann_eps": 0.5, "use_cayley_neumann": True},
+    {"effective_rank": 4, "target_svd_config": {"q_proj": 4}},
+    {"depth": 2, "act_fn": "tanh"},
+    {"ab_svd_init": "pissa_init", "psoft_alpha": 3, "psoft_mag_a": False, "psoft_mag_b": False, "psoft_orth": False},
+    {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 3},
+    {"variant": "road_4", "group_size": 32},
+    {"select_top": False, "sparsity": 0.5},
+    {"use_idwt": False, "wavelet_family": "db4"},
+]
+ALWAYS = {"peft_type", "target_modules"}
+BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora"}
+BY_SENTENCE = {"proportional_parameters"}  # PEFT's own merge of one module does not go with it
 
 
 CONFIG, WEIGHTS = (Path("outside", file) for file in ADAPTER)
@@ -122,20 +166,23 @@ def test_an_imported_adapter_is_pefts_merge_bit_for_bit(outside, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_type_that_is_taken_is_pefts_merge_bit_for_bit(outside, kind):
-    kinds = {each.value: config for each, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    outside(kinds[kind](task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "down_proj"]} | KEYS.get(kind, {})))
-    truth = by_peft()
-    imported()
-    assert_stage_is(truth)
+def test_a_type_is_pefts_merge_bit_for_bit_whatever_its_keys_say(outside, kind):
+    known = KINDS[kind].__dataclass_fields__.keys()
+    for keys in [{}, *(each for each in VALUES if each.keys() <= known)]:
+        shutil.rmtree("outside", ignore_errors=True)
+        told = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]} | KEYS.get(kind, {}) | keys
+        outside(KINDS[kind](**told))
+        truth = by_peft()
+        imported()
+        assert_stage_is(truth)
 
 
 def test_every_key_of_pefts_is_judged_once():
     judged = [*TAKEN, *NO_EFFECT, *REFUSED]
-    assert len(judged) == len(set(judged))
-    kinds = {each.value: config for each, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if each.value in TYPES}
-    assert set().union(*(config.__dataclass_fields__ for config in kinds.values())) == set(judged)
-    assert kinds.keys() == set(TYPES)
+    assert len(judged) == len(set(judged)) and KINDS.keys() == set(TYPES)
+    assert set().union(*(config.__dataclass_fields__ for config in KINDS.values())) == set(judged)
+    tried = ALWAYS | BY_CONFIGS | BY_SENTENCE | {key for keys in [*VALUES, *KEYS.values()] for key in keys}
+    assert set(TAKEN) <= tried
 
 
 PREFIX = "base_model.model.model.layers."
