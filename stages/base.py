@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import suppress
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -10,7 +11,7 @@ from stages.errors import MistakeError, first_line, run
 from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
-from stages.models.source import forget_quantisation, locate, resolve_dtype
+from stages.models.source import forget_quantisation, locate, refuse_quantised, refuse_unsound, resolve_dtype
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
 
@@ -22,24 +23,29 @@ def main() -> None:
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
+        refuse_quantised(settings.model, source)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
+        )
+        model, told = found
         source.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise MistakeError(
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
         ) from None
-    if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):  # type: ignore[arg-type]
+    refuse_unsound(settings.model, model, told)
+    if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):
         tokenizer.pad_token = tokenizer.eos_token  # one was added that the embeddings have no row for
     refuse_layers_outside(params, model.config.num_hidden_layers)
     forget_quantisation(model)
     if settings.add_biases:
-        model = add_biases(model)  # type: ignore[assignment]
+        model = add_biases(model)
     if settings.extra_neurons:
-        model = add_neurons(model, settings.extra_neurons)  # type: ignore[assignment]
+        model = add_neurons(model, settings.extra_neurons)
     if settings.adapter_size:
-        model = add_adapters(model, settings.adapter_size)  # type: ignore[assignment]
+        model = add_adapters(model, settings.adapter_size)
     architecture = describe(model)
     refuse_misfits(params, model, architecture)
     config = model.generation_config

@@ -29,7 +29,8 @@ from analysis.telling.text import percent, ranges
 from stages.errors import MistakeError
 from stages.files import write_text
 from stages.models.architecture import OUTSIDE
-from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+from stages.training.foreign import read_config
+from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint, weight_files
 
 ROUNDED = 0.5  # what rounding alone would alter, as a share of the difference, from which the headline tells
 ALIKE = 0.1  # cosine, of either sign, from which two models are said to have moved together or apart
@@ -99,18 +100,21 @@ def open_models(folders: list[Path]) -> tuple[Checkpoint, list[Model]]:
     """
     counts = Counter(folder.name for folder in folders)
     names = [f.name if counts[f.name] == 1 else "/".join(f.resolve().parts[-2:]) for f in folders]
-    if not (folders[0] / "config.json").exists() or not list(folders[0].glob("model*.safetensors")):
-        raise MistakeError(f"{folders[0]} is no model with config.json and model*.safetensors; name its folder first")
+    if not (folders[0] / "config.json").exists() or not weight_files(folders[0]):
+        raise MistakeError(
+            f"{folders[0]} is no model with config.json and model.safetensors or its index; name its folder first"
+        )
     first = Checkpoint(folders[0], names[0])
     models: list[Model] = []
     for folder, name in zip(folders[1:], names[1:], strict=True):
         if (folder / "adapter_config.json").exists():
+            read_config(folder / "adapter_config.json")
             models.append(VirtualCheckpoint(name, first, folder))
-        elif list(folder.glob("model*.safetensors")):
+        elif weight_files(folder):
             models.append(Checkpoint(folder, name))
         else:
             raise MistakeError(
-                f"{folder} holds neither model*.safetensors nor adapter_config.json; name another folder"
+                f"{folder} holds no model.safetensors, no index and no adapter_config.json; name another folder"
             )
     return first, models
 

@@ -1,7 +1,7 @@
 """Write what docs/ tells of the code: `strata docs`.
 
-docs/params.md and docs/params.schema.json are made as a whole, tables in docs/methods.md and docs/merging.md between
-two marks.
+docs/params.md and docs/params.schema.json are made as a whole, parts of docs/methods.md, docs/import.md and
+docs/merging.md between two marks.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stages.errors import MistakeError, run
 from stages.files import write_text
+from tools.pages.importing import peft_keys
 from tools.pages.merging import merge_table
 from tools.pages.methods import methods_table, peft_types
 from tools.pages.params import params_page
@@ -68,6 +69,7 @@ PAGES: dict[str, Callable[[], str] | dict[str, Callable[[], str]]] = {
     "params.md": params_page,
     "params.schema.json": lambda: json.dumps(schema(), indent=1, ensure_ascii=False) + "\n",
     "methods.md": {"table of methods": methods_table, "types of PEFT": peft_types},
+    "import.md": {"keys of PEFT": peft_keys},
     "merging.md": {"table of merge methods": merge_table},
 }
 

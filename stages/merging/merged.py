@@ -65,7 +65,20 @@ class Merged:
     def stored(self, name: str) -> torch.Tensor:
         """One tensor as the file holds it: merged, then rounded once to its dtype."""
         path, _, parameter = name.rpartition(".")
-        return self.module(path)[parameter].to(DTYPES[self.specification(name)[1]])
+        return self.rounded(name, self.module(path)[parameter])
+
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values of tensor `name`, or a piece of them, in the dtype of the file.
+
+        Raises:
+            MistakeError: float16 has no such numbers.
+        """
+        rounded = values.to(DTYPES[self.specification(name)[1]])
+        if rounded.dtype == torch.float16 and (rounded.isinf() & values.isfinite()).any():
+            raise MistakeError(
+                f"params.yaml: merge.dtype is float16, which ends at 65504, and {name} goes beyond; write bfloat16"
+            )
+        return rounded
 
     def module(self, path: str) -> Tensors:
         """Merged parameters of module `path`, in float32; those that no stage changes are the base's.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, fit_dora, fit_lora
 from stages.merging.merged import Merged
 from stages.weights.single_file import SingleFile
-from stages.weights.tensor_file import DTYPES, size
+from stages.weights.tensor_file import size
 
 Part = tuple[str, float | None, bytes]  # module, error of its fit or None where it is replaced, tensors of the adapter
 
@@ -42,7 +42,7 @@ class Writer:
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             if "model" in self._files:
-                self._files["model"].put(name, values.to(DTYPES[self._merged.specification(name)[1]]))
+                self._files["model"].put(name, self._merged.rounded(name, values))
             if "delta" in self._files:
                 self._files["delta"].put(name, values - self._base.stored(name).float())
         return self._part(path, weights) if self._adapter else None
@@ -50,8 +50,8 @@ class Writer:
     def _copy(self, name: str) -> None:
         """A tensor that no stage changes, as bytes, with a piece of it in memory at a time."""
         file, stored = self._base.file(name)
-        dtype = DTYPES[self._merged.specification(name)[1]]
-        self._files["model"].put_pieces(name, (piece.to(dtype) for piece in file.pieces(stored)))
+        pieces = (self._merged.rounded(name, piece) for piece in file.pieces(stored))
+        self._files["model"].put_pieces(name, pieces)
 
     def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:
         """The module as an adapter: LoRA where the merge is low-rank, DoRA where it is not, else all of its weights."""

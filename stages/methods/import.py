@@ -41,11 +41,12 @@ class Import(Imported):
 
     def locate(self) -> Path:
         """Folder with the adapter's two files, downloaded if it is on the hub."""
-        if self.id is not None:
-            return self._download()
-        folder = Path(str(self.path))
+        folder = Path(str(self.path)) if self.id is None else self._download()
         if missing := [file for file in ADAPTER if not (folder / file).is_file()]:
-            raise MistakeError(f"path {self.path!r} holds no {missing[0]}; give the folder of a PEFT adapter")
+            place = f"path {self.path!r}" if self.id is None else f"id {self.id!r}"
+            raise MistakeError(f"{place} holds no {missing[0]}; {_fix(folder)}")
+        if self.id is not None:
+            return folder
         found = sha256(folder / file for file in ADAPTER)
         if self.sha256 is None:
             raise MistakeError(f"sha256 is missing; it pins what is merged, so add sha256: {found}")
@@ -62,3 +63,12 @@ class Import(Imported):
             raise MistakeError(
                 f"id {self.id!r} does not load ({first_line(error)}); correct the id or revision"
             ) from None
+
+
+def _fix(folder: Path) -> str:
+    """What to do with a folder that lacks one of an adapter's two files."""
+    if (folder / "adapter_model.bin").exists():
+        return "adapter_model.bin can hold code, so load it by PEFT and save it again, as safetensors"
+    if list(folder.glob("adapters.*")):
+        return "adapters.safetensors is MLX's, so convert it to a PEFT adapter"
+    return "give the folder of a PEFT adapter"

@@ -59,8 +59,13 @@ def set_weights(model: PreTrainedModel, checkpoint: Weights, modules: list[str])
 
 
 def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the end-of-text token, or any, for padding where it has none of its own."""
+    """The base's tokenizer, with the end-of-text token, or any, for padding where it has none of its own.
+
+    Its `rows` are the tokens that the embedding has too, and `turns` refuses a record that needs others.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    config = read_json(folder / "config.json")
+    tokenizer.rows = min(config.get("text_config", config).get("vocab_size", len(tokenizer)), len(tokenizer))
     return tokenizer

@@ -1,6 +1,7 @@
 """Room for methods that need it: biases, neurons and adapters that change nothing of what the base computes."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError
-from stages.models.layers import mlp_width
+from stages.models.layers import mlp_width, norm_modules
 
 
 def add_biases(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,14 +40,13 @@ def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """The same function with `count` more neurons in every MLP, all of whose weights are zero.
 
     Raises:
-        MistakeError: the architecture has no setting for the width of its MLPs.
+        MistakeError: the architecture has no setting for the width of its MLPs, or has them in a form in which rows of
+            zeros at the end are no more neurons.
     """
     config, width = copy.deepcopy(model.config), mlp_width(model.config)
+    told = f"params.yaml: base.extra_neurons is {count}, but {type(model).__name__}"
     if width is None:
-        raise MistakeError(
-            f"params.yaml: base.extra_neurons is {count}, but {type(model).__name__} has no setting for the width of"
-            " its MLPs; remove the key"
-        )
+        raise MistakeError(f"{told} has no setting for the width of its MLPs; remove the key")
     setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", width + count)
     config.extra_neurons = count
     widened = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
@@ -54,7 +54,32 @@ def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
     with torch.no_grad():
         for name, weights in widened.state_dict().items():
             weights.zero_()[tuple(slice(size) for size in before[name].shape)] = before[name]
+    if odd := next(_not_widened(model, widened, count), None):
+        raise MistakeError(f"{told} {odd}; remove the key, or choose lora or full in place of bottleneck")
     return widened
+
+
+def _not_widened(model: PreTrainedModel, widened: PreTrainedModel, count: int) -> Iterator[str]:
+    """Reasons why a model with wider matrices does not compute the same, or is no wider."""
+    before, norms = model.state_dict(), norm_modules(widened, [name for name, _ in widened.named_modules()])
+    grown = {
+        name: [new - old for new, old in zip(weights.shape, before[name].shape, strict=True) if new != old]
+        for name, weights in widened.state_dict().items()
+        if weights.shape != before[name].shape
+    }
+    if not grown:
+        yield "has no MLPs of that width"
+    for name, sizes in grown.items():
+        if sizes != [count]:
+            yield f"keeps several matrices in one as {name}"
+        if name.rpartition(".")[0] in norms:
+            yield f"normalises its neurons in {name}"
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        truth, found = (each.eval()(tokens).logits.float() for each in (model, widened))
+    # Wider sums may be added in another order, which in bfloat16 is seen in the third digit.
+    if not torch.allclose(found, truth, rtol=0, atol=0.05 * float(truth.std())):
+        yield "does not compute the same with them"
 
 
 def add_adapters(model: PreTrainedModel, size: int) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GgufConfig
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from stages.errors import MistakeError
 from stages.files import sha256
@@ -74,6 +74,54 @@ def resolve_dtype(name: str) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def refuse_quantised(name: str, source: dict[str, Any]) -> None:
+    """Raise a MistakeError for weights that are kept as whole numbers or in eight bits, a .gguf file's excepted.
+
+    Args:
+        name: what params.yaml calls the model.
+        source: what `locate` found.
+    """
+    if "gguf_file" in source:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**source)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # one for text, one for images
+    for key in ("quantization_config", "compression_config"):
+        if found := next((part[key] for part in parts if part.get(key)), None):
+            method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "an unknown way")
+            raise MistakeError(
+                f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
+                " weights; give the model that it was made from, in float or bfloat16"
+            )
+
+
+def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Raise a MistakeError for a model that its files do not give whole; transformers draws what is missing at random.
+
+    Args:
+        name: what params.yaml calls the model.
+        model: as it was loaded.
+        loading: what `from_pretrained` told of it.
+    """
+    told = f"params.yaml: base.model {name!r}"
+    if model._hf_peft_config_loaded:
+        raise MistakeError(
+            f"{told} has an adapter beside its weights; take it away, and import it as a stage of its own"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise MistakeError(
+            f"{told} lacks {missing[0]}, one of {len(missing)} that a {type(model).__name__} has; give a causal"
+            " language model whose files are whole"
+        )
+    for parameter, found, wanted in sorted(loading["mismatched_keys"]):
+        raise MistakeError(
+            f"{told} has {parameter} of {list(found)}, where its config.json makes it {list(wanted)}; download both"
+            " again"
+        )
+    for parameter, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise MistakeError(f"{told} has numbers in {parameter} that are not finite; download it again")
 
 
 def forget_quantisation(model: Any) -> None:

@@ -82,14 +82,19 @@ class Chat:
         """The base's chat template.
 
         Raises:
-            MistakeError: it has none.
+            MistakeError: it has none, or several and no default.
         """
         try:
             return str(self.tokenizer.get_chat_template(tools=self.tools))
         except ValueError:
+            if named := self.tokenizer.chat_template:
+                raise MistakeError(
+                    f"a record is asked as a chat, and base.model of params.yaml has the chat templates"
+                    f" {', '.join(sorted(named))} and none called default; call one of them so"
+                ) from None
             raise MistakeError(
-                "a record has messages, and base.model of params.yaml has no chat template for them, or several and no"
-                " default; use a chat model, or records with prompt and completion"
+                "a record has messages, and base.model of params.yaml has no chat template for them; use a chat model,"
+                " or records with prompt and completion"
             ) from None
 
     @property

@@ -73,8 +73,24 @@ def turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
     Raises:
         MistakeError: as `encode`.
     """
+    found = _turns(record, tokenizer)
+    rows = getattr(tokenizer, "rows", None) or len(tokenizer)
+    highest = max((max(each.ids, default=0) for turn in found for each in (turn.asked, turn.answered)), default=0)
+    if highest < rows:
+        return found
     if "input_ids" in record:
-        _check_vocabulary(record, tokenizer)
+        raise MistakeError(
+            f"a record has input_ids up to {highest}, but base.model of params.yaml has {rows} tokens; make them with"
+            " its tokenizer"
+        )
+    raise MistakeError(
+        f"a record has the token {tokenizer.convert_ids_to_tokens(highest)!r}, which is number {highest}, but"
+        f" base.model of params.yaml has an embedding of {rows} rows; resize the embedding to its tokenizer"
+    )
+
+
+def _turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    if "input_ids" in record:
         return [Turn(Example([], []), Example(record["input_ids"], list(map(float, record["loss_weights"]))))]
     if chat := as_chat(record, tokenizer):
         found = [_turn(*pair, [], tokenizer, end=chat.end[0] is None) for pair in chat.answers()]
@@ -163,11 +179,3 @@ def _first(text: str, start: int, end: int) -> int:
     """The first character of text[start:end] that is no space."""
     words = text[start:end].lstrip()
     return end - len(words) if words else start
-
-
-def _check_vocabulary(record: Record, tokenizer: PreTrainedTokenizerBase) -> None:
-    if (highest := max(record["input_ids"])) >= len(tokenizer):
-        raise MistakeError(
-            f"a record has input_ids up to {highest}, but base.model of params.yaml has {len(tokenizer)} tokens;"
-            " make them with its tokenizer"
-        )

@@ -5,13 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.errors import placed
+from safetensors.torch import save_file
+
+from stages.errors import MistakeError, first_line, placed
 from stages.files import ADAPTER, BASE, CHECKPOINTS, publish, read_json, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
 from stages.training.batches import hash_of
+from stages.training.foreign import names_in_peft, read_config
 from stages.weights.adapter import Adapter
 from stages.weights.checkpoint import Checkpoint
+from stages.weights.tensor_file import TensorFile
 
 
 def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
@@ -26,16 +30,45 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
         How many numbers the adapter holds.
 
     Raises:
-        MistakeError: it is not there, not what its hash pins, or does not fit the base.
+        MistakeError: it is not there, not what its hash pins, does not fit the base, or PEFT would take it otherwise.
     """
     with placed(f"params.yaml: stages.{name}."):
         source = stage.locate()
-    adapter = Adapter(source, Checkpoint(BASE, "base").architecture)
+    config, weights = (source / file for file in ADAPTER)
+    file = TensorFile(weights)
+    names = names_in_peft(file, read_config(config))
     with publish(CHECKPOINTS / name) as folder:
-        for file in ADAPTER:
-            shutil.copy(source / file, folder / file)
+        shutil.copy(config, folder)
+        if is_same := all(key == peft for key, peft in names.items()):
+            shutil.copy(weights, folder)
+        else:
+            save_file({peft: file.read(key) for key, peft in names.items()}, folder / weights.name, {"format": "pt"})
+        base = Checkpoint(BASE, "base")
+        adapter = Adapter(source if is_same else folder, base.architecture)
+        try_out(adapter, base, source)
         write_json(folder / "stage.json", describe(name, stage, lineage, adapter, folder))
     return adapter.parameters
+
+
+def try_out(adapter: Adapter, base: Checkpoint, source: Path) -> None:
+    """Merge one module of each kind, as every later stage will.
+
+    Args:
+        adapter: the imported one.
+        base: what it stands on.
+        source: where it comes from.
+
+    Raises:
+        MistakeError: that cannot be done.
+    """
+    kinds = {adapter.architecture.place(path)[1]: path for path in sorted(adapter.modules)}
+    for path in kinds.values():
+        try:
+            adapter.apply(path, base.module(path))
+        except Exception as error:  # PEFT raises what it likes for what it cannot do
+            raise MistakeError(
+                f"{source}: the adapter on {path} cannot be merged ({first_line(error)}); use one without this module"
+            ) from None
 
 
 def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:

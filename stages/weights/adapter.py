@@ -147,6 +147,7 @@ class Adapter:
         leaf.add_module(last, module)
         config = PeftConfig.from_pretrained(str(self.folder))
         config.inference_mode, config.task_type, config.target_modules = True, None, re.escape(path)
+        config.modules_to_save = None  # they are other modules
         inject_adapter_in_model(config, tree)
         set_peft_model_state_dict(tree, {f"{path}.{part}": self._read(path, part) for part in self._keys[path]})
         layer = tree.get_submodule(path)
@@ -187,6 +188,11 @@ class Adapter:
     def _check_shapes(self, path: str) -> None:
         """Compare what the file says of its tensors with the module they belong to."""
         found = {part: self._file.specification(key)[0] for part, key in self._keys[path].items()}
+        if "lora_B.bias" in found and "bias" not in self.architecture.modules[path].parameters:
+            raise MistakeError(
+                f"{self._file.path}: {self._keys[path]['lora_B.bias']} is for a bias, and {path} has none; give the"
+                " base biases with base.add_biases, or use an adapter without lora_bias"
+            )
         for name, shape in self.architecture.modules[path].parameters.items():
             wanted: dict[str, list[int | None]] = {name: [*shape], f"ln_tuning_layers.{name}": [*shape]}
             if name == "weight" and len(shape) == 2:
@@ -217,7 +223,7 @@ class Adapter:
         """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds."""
         part = "lora_embedding_A" if "lora_embedding_A" in self._keys[path] else "lora_A.weight"
         rank = self._file.specification(self._keys[path][part])[0][0]
-        alpha = self.config["lora_alpha"]
+        alpha = self.config.get("lora_alpha", 8)  # PEFT's default
         if patterns := self.config.get("alpha_pattern"):
             from peft.utils.other import get_pattern_key
 

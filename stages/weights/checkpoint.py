@@ -19,17 +19,38 @@ from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads of a model's folder: one, or those that its index names.
+
+    Raises:
+        MistakeError: the index does not name files of this folder.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise MistakeError(f"{index} does not name files of its folder; download the model again") from None
+    return [folder / name for name in names]
+
+
 class Checkpoint:
     """A model's weights in one or several safetensors files of one folder.
 
     Args:
-        folder: holds config.json and *.safetensors.
+        folder: holds config.json and the files of `weight_files`.
         name: what reports call it.
+
+    Raises:
+        MistakeError: it holds no weights, or not all.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.base = folder, name, self
-        files = [TensorFile(path) for path in sorted(folder.glob("model*.safetensors"))]
+        files = [TensorFile(path) for path in weight_files(folder)]
         self._where = {key: file for file in files for key in file}
         if not self._where:
             raise MistakeError(f"{folder} holds no .safetensors file; run `dvc repro`")

@@ -43,7 +43,7 @@ class TensorFile:
         path: the file.
 
     Raises:
-        MistakeError: it is missing, cut short, or its header does not describe its bytes exactly.
+        MistakeError: it is missing, cut short, its header does not describe its bytes exactly, or a dtype is unknown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +60,11 @@ class TensorFile:
             self._header = json.loads(file.read(length))
         self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
         self._start = 8 + length
+        for name, entry in self._header.items():
+            if entry["dtype"] not in DTYPES:
+                raise MistakeError(
+                    f"{path}: {name} is {entry['dtype']}, which is not read; save it as float or bfloat16"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
-from stages.models.room import add_adapters
+from stages.models.room import add_adapters, add_neurons
 from stages.models.source import locate
 from stages.settings.base import Base
-from tests.conftest import PARAMS, make_base, make_tokenizer
+from tests.conftest import COMMON, PARAMS, make_base, make_tokenizer
 
 
 def use(model, dtype="float32"):
@@ -95,6 +96,94 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
         base.main()
     assert sentence in str(mistake.value) and "\n" not in str(mistake.value)
     assert not BASE.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "method"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization_config", {"quant_method": "fp8"}, "fp8"),
+        ("quantization_config", {"quant_method": "torchao", "quant_type": {}}, "torchao"),
+        ("quantization_config", {"load_in_4bit": True}, "bitsandbytes"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("text_config", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ],
+)
+def test_a_quantised_model_is_one_sentence(project, key, config, method):
+    write_json(Path("model/config.json"), read_json(Path("model/config.json")) | {key: config})
+    with pytest.raises(MistakeError, match=rf"^params.yaml: base.model 'model' is quantised \({method}\)"):
+        base.main()
+    assert not BASE.exists()
+
+
+def without(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.up_proj" not in name}
+
+
+def adapted():
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("model"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained("model")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (without, "lacks model.layers.2.mlp.up_proj.weight, one of 1 that a LlamaForCausalLM has"),
+        (lambda tensors: tensors | {NORM: torch.ones(3)}, f"has {NORM} of [3], where its config.json makes it [32]"),
+        (lambda tensors: tensors | {NORM: tensors[NORM] * torch.nan}, f"has numbers in {NORM} that are not finite"),
+        (adapted, "has an adapter beside its weights; take it away, and import it as a stage"),
+    ],
+)
+def test_a_model_that_its_files_do_not_give_whole_is_one_sentence(project, spoil, sentence):
+    if spoil is adapted:
+        adapted()
+    else:
+        save_file(spoil(load_file("model/model.safetensors")), "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(MistakeError) as mistake:
+        base.main()
+    assert str(mistake.value).startswith(f"params.yaml: base.model 'model' {sentence}")
+    assert not BASE.exists()
+
+
+def tiny(kind, **keys):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON | keys)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "nemotron", "olmo2"])
+def test_neurons_of_zero_change_nothing(kind):
+    model, ids = tiny(kind), torch.arange(1, 20)[None]
+    with torch.no_grad():
+        truth = model(ids).logits
+        found = add_neurons(model, 12)(ids).logits
+    assert torch.allclose(found, truth, rtol=0, atol=1e-5 * float(truth.std()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "reason"),
+    [
+        ("phi3", {}, "Phi3ForCausalLM keeps several matrices in one as model.layers.0.mlp.gate_up_proj.weight"),
+        (
+            "mixtral",
+            {"num_local_experts": 2},
+            "MixtralForCausalLM keeps several matrices in one as model.layers.0.mlp.ex",
+        ),
+        ("mamba", {"state_size": 8}, "MambaForCausalLM keeps several matrices in one as backbone.layers.0.mixer.in_pr"),
+        ("bitnet", {}, "BitNetForCausalLM normalises its neurons in model.layers.0.mlp.ffn_sub_norm.weight"),
+        ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 16}, "Qwen3MoeForCausalLM has no MLPs of that width"),
+    ],
+)
+def test_neurons_are_refused_where_zeros_would_be_none(kind, keys, reason):
+    with pytest.raises(MistakeError, match=rf"^params.yaml: base.extra_neurons is 4, but {reason}"):
+        add_neurons(tiny(kind, **keys), 4)
 
 
 def test_a_token_for_padding_that_the_model_does_not_have_is_replaced(project):

@@ -49,6 +49,21 @@ def test_a_chain_merged_with_weight_1_is_its_last_stage(architecture):
         assert torch.linalg.norm(weight - truth[name]) <= 1e-6 * torch.linalg.norm(truth[name]), name
 
 
+@pytest.mark.parametrize("layer", [1, 3], ids=["merged", "untouched"])
+def test_numbers_that_float16_does_not_have_are_refused(layer):
+    make_base("llama-untied")
+    make_stage("one", load_base(), "lora", "1")
+    model = load_base()
+    with torch.no_grad():
+        model.model.layers[layer].mlp.up_proj.weight[0, 0] = 7e4
+    model.save_pretrained(BASE)
+    with pytest.raises(MistakeError, match=rf"merge.dtype is float16, .* model.layers.{layer}.mlp.up_proj.weight goes"):
+        merged(weights={"one": 1.0}, dtype="float16")
+    assert not Path("merged/model.safetensors").exists()
+    found = merged(weights={"one": 1.0}, dtype="bfloat16")
+    assert all(weight.isfinite().all() for weight in found.values())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_untouched_tensors_are_the_bases_bytes(dtype):
     make_base("llama-untied", getattr(torch, dtype))

@@ -16,7 +16,7 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
     "view": ("reports/report.html is missing",) * 3,
     "compare checkpoints/base merged": (
         *("checkpoints/base is no model with config.json",) * 2,
-        "merged holds neither model*.safetensors nor adapter_config.json",
+        "merged holds no model.safetensors, no index and no adapter_config.json",
     ),
     "answers sums": ("params.yaml is missing", *("reports/answers.parquet is missing",) * 2),
     "gate": ("params.yaml is missing", *("reports/evaluation.json is missing; run `dvc repro`",) * 2),

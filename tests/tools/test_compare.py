@@ -126,9 +126,18 @@ def test_equal_models_and_tensors_that_one_lacks_are_told(first):
     ("folders", "sentence"),
     [
         (["nowhere", "first"], "nowhere is no model with config.json"),
-        (["first", "nowhere"], "nowhere holds neither model"),
+        (["first", "nowhere"], "nowhere holds no model.safetensors"),
     ],
 )
 def test_a_folder_that_is_no_model_is_one_sentence(first, folders, sentence):
     with pytest.raises(MistakeError, match=sentence):
         compare.open_models([Path(folder) for folder in folders])
+
+
+def test_an_adapter_that_means_something_else_to_peft_is_one_sentence(first):
+    model = AutoModelForCausalLM.from_pretrained("first", dtype=torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="olora")).save_pretrained(
+        "olora"
+    )
+    with pytest.raises(MistakeError, match=r"olora/adapter_config.json: init_lora_weights is 'olora', with which"):
+        compare.open_models([first, Path("olora")])

@@ -8,12 +8,14 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.errors import MistakeError
+from stages.files import BASE
+from stages.models.loading import load_tokenizer
 from stages.models.source import locate
 from stages.records.lines import Lines
 from stages.records.record import answer, check, question
 from stages.records.tokens import Example, encode, encode_question
 from stages.settings.base import Base
-from tests.conftest import make_tokenizer, train_bpe
+from tests.conftest import make_base, make_tokenizer, train_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}"
@@ -207,6 +209,21 @@ def test_spans_without_offsets_are_refused(monkeypatch):
 def test_token_ids_that_the_tokenizer_lacks_are_refused():
     with pytest.raises(MistakeError, match=r"has input_ids up to 128, but base.model of params.yaml has 128 tokens"):
         encode({"input_ids": [128, 1], "loss_weights": [1, 1]}, make_tokenizer(), 10)
+
+
+def test_tokens_that_the_embedding_has_no_row_for_are_refused(workspace):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    make_base()
+    tokenizer.save_pretrained(BASE)
+    tokenizer = load_tokenizer()
+    assert encode({"text": "old"}, tokenizer, 10)
+    sentence = "has the token '<new>', which is number 128, but base.model of params.yaml has an embedding of 128 rows"
+    for ask in (lambda record: encode(record, tokenizer, 10), lambda record: encode_question(record, tokenizer)):
+        with pytest.raises(MistakeError, match=sentence):
+            ask({"prompt": "<new>", "completion": "a"})
+    with pytest.raises(MistakeError, match=r"has input_ids up to 128, but base.model of params.yaml has 128 tokens"):
+        encode({"input_ids": [128, 1], "loss_weights": [1, 1]}, tokenizer, 10)
 
 
 def test_token_ids_and_text_have_no_answer_to_generate():

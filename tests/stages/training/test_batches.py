@@ -68,6 +68,7 @@ class Bytes:
     """A tokenizer whose tokens are bytes."""
 
     eos_token_id, bos_token_id, chat_template = 0, None, None
+    rows = 256
 
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, IA3Config, LoraConfig, PeftModel, VeloraConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages import train
 from stages.errors import MistakeError
-from stages.files import ADAPTER, BASE, read_json, sha256
+from stages.files import ADAPTER, BASE, read_json, sha256, write_json
+from stages.training.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
 from tests.conftest import PARAMS, make_base, make_outside
@@ -38,7 +39,76 @@ CONFIGS = {
     "all linear": LoraConfig(target_modules="all-linear", r=2, lora_bias=False),
     "embedding": LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "regex, Gaussian start": LoraConfig(target_modules=r".*layers\.[13].*_proj", init_lora_weights="gaussian"),
+    "orthogonal start": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="orthogonal"),
+    "MiCA": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="mica"),
+    "VeLoRA": LoraConfig(target_modules=["q_proj"], r=2, velora_config=VeloraConfig()),
+    "all biases": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="all"),
+    "biases of its modules": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="lora_only"),
+    "a bias of LoRA's own": LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True),
+    "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
 }
+BIASES = {"all biases": "qwen2", "biases of its modules": "qwen2", "a bias of LoRA's own": "qwen2"}  # bases with some
+KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
+KEYS = {  # that a type of PEFT needs, or that make it small
+    "ADALORA": {"total_step": 10},
+    "BOFT": {"boft_block_size": 8},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 20},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "MISS": {"r": 8},
+    "OFT": {"oft_block_size": 8},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 2},
+    "WAVEFT": {"n_frequency": 20},
+}
+VALUES = [  # of keys, each for all types that have them
+    {"r": 2, "oft_block_size": 0},
+    {"r": 4, "init_r": 4},
+    {"alpha": 3},
+    {"scaling": 2.5},
+    {"random_seed": 5},
+    {"random_seed": 5, "mask_type": "random"},
+    {"random_loc_seed": 5},
+    {"n_frequency": 10},
+    {"n_frequency_pattern": {"q_proj": 7}},
+    {"exclude_modules": ["down_proj"]},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"fan_in_fan_out": True},
+    {"bias": "all"},
+    {"init_weights": False},
+    {"lora_alpha": 3, "use_rslora": True},
+    {"boft_block_size": 0, "boft_block_num": 4},
+    {"boft_n_butterfly_factor": 2},
+    {"block_size_pattern": {"q_proj": 4}},
+    {"decomposition_method": "relu"},
+    {"decomposition_method": "qr", "para": True},
+    {"delora_lambda": 3, "lambda_pattern": {"q_proj": 2}, "rank_pattern": {"q_proj": 2}},
+    {"config_A_B": "vector", "config_C": "vector", "config_D_E": "constant"},
+    {"gralora_k": 4, "hybrid_r": 4, "r": 8},
+    {"apply_GS": True},
+    {"feedforward_modules": []},
+    {"use_effective_conv2d": True, "alpha_pattern": {"q_proj": 3}},
+    {"decompose_both": True, "decompose_factor": 4},
+    {"init_weights": "mini", "mini_r": 2, "r": 8},
+    {"coft": True, "eps": 1e-3, "block_share": True},
+    {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+    {"cayley_neumann_eps": 0.5, "use_cayley_neumann": True},
+    {"effective_rank": 4, "target_svd_config": {"q_proj": 4}},
+    {"depth": 2, "act_fn": "tanh"},
+    {"ab_svd_init": "pissa_init", "psoft_alpha": 3, "psoft_mag_a": False, "psoft_mag_b": False, "psoft_orth": False},
+    {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 3},
+    {"variant": "road_4", "group_size": 32},
+    {"select_top": False, "sparsity": 0.5},
+    {"use_idwt": False, "wavelet_family": "db4"},
+]
+ALWAYS = {"peft_type", "target_modules"}
+BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora"}
+BY_SENTENCE = {"proportional_parameters"}  # PEFT's own merge of one module does not go with it
+
+
+CONFIG, WEIGHTS = (Path("outside", file) for file in ADAPTER)
 
 
 def content(folder):
@@ -47,6 +117,20 @@ def content(folder):
 
 def load_base():
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def by_peft():
+    return PeftModel.from_pretrained(load_base(), "outside").merge_and_unload().state_dict()
+
+
+def assert_stage_is(truth):
+    _, (stage,) = open_stages(["sums"])
+    paths = [*stage.base.modules, *stage.base.tied]
+    found = {f"{path}.{name}": weight for path in paths for name, weight in stage.module(path).items()}
+    assert found.keys() == truth.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, truth[name]), name
+    assert any(not torch.equal(found[name], weight) for name, weight in load_base().state_dict().items())
 
 
 def imported(keys: str = "") -> None:
@@ -74,17 +158,66 @@ def outside(workspace):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_imported_adapter_is_pefts_merge_bit_for_bit(outside, config):
-    outside(CONFIGS[config])
-    truth = PeftModel.from_pretrained(load_base(), "outside").merge_and_unload().state_dict()
-
+    outside(CONFIGS[config], BIASES.get(config, "llama-untied"))
+    truth = by_peft()
     imported()
+    assert_stage_is(truth)
 
-    _, (stage,) = open_stages(["sums"])
-    found = {f"{path}.{name}": w for path in stage.base.modules for name, w in stage.module(path).items()}
-    assert found.keys() == truth.keys()
-    for name, weight in found.items():
-        assert torch.equal(weight, truth[name]), name
-    assert any(not torch.equal(found[name], weight) for name, weight in load_base().state_dict().items())
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_type_is_pefts_merge_bit_for_bit_whatever_its_keys_say(outside, kind):
+    known = KINDS[kind].__dataclass_fields__.keys()
+    for keys in [{}, *(each for each in VALUES if each.keys() <= known)]:
+        shutil.rmtree("outside", ignore_errors=True)
+        told = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]} | KEYS.get(kind, {}) | keys
+        outside(KINDS[kind](**told))
+        truth = by_peft()
+        imported()
+        assert_stage_is(truth)
+
+
+def test_every_key_of_pefts_is_judged_once():
+    judged = [*TAKEN, *NO_EFFECT, *REFUSED]
+    assert len(judged) == len(set(judged)) and KINDS.keys() == set(TYPES)
+    assert set().union(*(config.__dataclass_fields__ for config in KINDS.values())) == set(judged)
+    tried = ALWAYS | BY_CONFIGS | BY_SENTENCE | {key for keys in [*VALUES, *KEYS.values()] for key in keys}
+    assert set(TAKEN) <= tried
+
+
+PREFIX = "base_model.model.model.layers."
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_model.", "_orig_mod.base_model."),
+        (PREFIX, "base_model.model._orig_mod.model.layers."),
+        (".self_attn.", "._fsdp_wrapped_module.self_attn."),
+        (PREFIX, "base_model.model.model.language_model.layers."),
+        (PREFIX, "base_model.model.language_model.model.layers."),
+        (PREFIX, "model.layers."),
+        (".lora_A.", ".lora_A.default."),
+        (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+        ("norm.weight", "norm.modules_to_save.default.weight"),
+    ],
+)
+def test_names_of_other_tools_and_versions_are_those_of_peft(outside, old, new):
+    outside(LoraConfig(target_modules=["q_proj"], r=2, use_dora=True, modules_to_save=["model.norm"]))
+    truth = by_peft()
+    rewrite(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
+    assert any(new in name for name in load_file("outside/adapter_model.safetensors"))
+    imported()
+    assert_stage_is(truth)
+
+
+def test_a_key_that_is_left_out_is_pefts_default(outside):
+    outside(LoraConfig(target_modules=["q_proj"], r=2))
+    keys = ("peft_type", "r", "target_modules")
+    write_json(CONFIG, {key: value for key, value in read_json(CONFIG).items() if key in keys})
+    truth = by_peft()
+    imported()
+    assert_stage_is(truth)
 
 
 def test_conv1d_is_transposed_whatever_the_config_says(outside):
@@ -144,40 +277,111 @@ def test_a_changed_adapter_is_never_taken_for_the_old_one(outside):
 
 
 def rewrite(change):
-    path = "outside/adapter_model.safetensors"
-    save_file(change(load_file(path)), path)
+    save_file(change(load_file(WEIGHTS)), WEIGHTS)
+
+
+def renamed(old, new):
+    return lambda: rewrite(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
+
+
+def changed(change):
+    return lambda: rewrite(lambda tensors: {name: change(tensor).contiguous() for name, tensor in tensors.items()})
+
+
+def configured(**keys):
+    return lambda: write_json(CONFIG, read_json(CONFIG) | keys)
+
+
+def pickled():
+    WEIGHTS.rename("outside/adapter_model.bin")
 
 
 @pytest.mark.parametrize(
     ("spoil", "keys", "sentence"),
     [
-        (lambda: None, "    path: nowhere\n", "stages.sums.path 'nowhere' holds no adapter_config.json"),
-        (lambda: None, "    path: outside\n", "stages.sums.sha256 is missing; it pins what is merged, so add sha256: "),
-        (lambda: None, "    lr: 1.0\n", "stages.sums.lr is not a known key"),
-        (lambda: None, "    dora: true\n", "stages.sums.dora is not a known key"),
-        (lambda: None, "    sha256: x\n", "stages.sums.path or id is needed, one of them"),
-        (lambda: None, "    id: some/adapter\n", "stages.sums.revision is missing"),
+        (None, "    path: nowhere\n", "stages.sums.path 'nowhere' holds no adapter_config.json"),
+        (None, "    path: outside\n", "stages.sums.sha256 is missing; it pins what is merged, so add sha256: "),
+        (None, "    lr: 1.0\n", "stages.sums.lr is not a known key"),
+        (None, "    dora: true\n", "stages.sums.dora is not a known key"),
+        (None, "    sha256: x\n", "stages.sums.path or id is needed, one of them"),
+        (None, "    id: some/adapter\n", "stages.sums.revision is missing"),
+        (pickled, "    path: outside\n", "adapter_model.bin can hold code, so load it by PEFT and save it again"),
         (
-            lambda: rewrite(lambda tensors: {name.replace("layers.3", "layers.9"): t for name, t in tensors.items()}),
+            lambda: WEIGHTS.rename("outside/adapters.safetensors"),
+            "    path: outside\n",
+            "adapters.safetensors is MLX's, so convert it",
+        ),
+        (
+            renamed("layers.3", "layers.9"),
             "",
             "belongs to no module of the base; use an adapter that was trained on this base",
         ),
+        (renamed("lora_A", "lora_down"), "", "rename kohya's lora_down to lora_A"),
+        (renamed("lora_A.weight", "lora_a"), "", "MLX's lora_a and lora_b are PEFT's"),
+        (changed(lambda tensor: tensor[:, :7]), "", "which does not fit model.layers."),
+        (changed(lambda tensor: tensor[:0]), "", "has no elements, as DeepSpeed leaves it"),
+        (changed(lambda tensor: tensor * torch.nan), "", "has numbers that are not finite"),
+        (changed(lambda tensor: tensor.to(torch.float8_e4m3fn)), "", "is F8_E4M3, which is not read"),
         (
-            lambda: rewrite(lambda tensors: {name: t[:, :7].contiguous() for name, t in tensors.items()}),
+            lambda: rewrite(lambda tensors: {name: each for name, each in tensors.items() if "lora_A" in name}),
             "",
-            "which does not fit model.layers.",
+            "q_proj.lora_B.weight, one of 4 that its adapter_config.json asks for",
         ),
+        (lambda: WEIGHTS.write_bytes(b"12345678"), "", "outside/adapter_model.safetensors is not a whole safetensors"),
+        (lambda: CONFIG.write_text("{"), "", "outside/adapter_config.json is no JSON"),
+        (lambda: CONFIG.write_text('{"fine_tune_type": "lora"}'), "", "has no peft_type, so it is not PEFT's"),
+        (configured(peft_type="VBLORA"), "", "peft_type is 'VBLORA', whose modules cannot be merged one by one"),
+        (configured(new_key=1), "", "outside/adapter_config.json: new_key is no key of PEFT"),
+        (configured(r=4), "", "q_proj.lora_A.weight of [4, 32] that adapter_config.json makes on this base"),
+        (configured(lora_alpha="x"), "", "outside/adapter_config.json is refused by PEFT on this base"),
+        (configured(init_lora_weights="pissa_niter_4"), "", "init_lora_weights is 'pissa_niter_4', with which"),
+        (configured(init_lora_weights="OLoRA"), "", "init_lora_weights is 'OLoRA', with which"),
+        (configured(layer_replication=[[0, 4], [2, 4]]), "", "layer_replication is [[0, 4], [2, 4]], which makes"),
+        (configured(save_projection=False), "", "save_projection is False, so that the file lacks the projection"),
         (
-            lambda: Path("outside/adapter_model.safetensors").write_bytes(b"12345678"),
+            lambda: (
+                renamed(PREFIX, "base_model.model.model.language_model.layers.")(),
+                configured(alpha_pattern={"language_model.layers.0.self_attn.q_proj": 3})(),
+            ),
             "",
-            "outside/adapter_model.safetensors is not a whole safetensors file",
+            "alpha_pattern names 'language_model.layers.0.self_attn.q_proj'",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(outside, spoil, keys, sentence):
     outside(LoraConfig(target_modules=["q_proj"], r=8))
-    spoil()
+    if spoil:
+        spoil()
     with pytest.raises(MistakeError) as mistake:
         imported(keys)
+    assert sentence in str(mistake.value) and "\n" not in str(mistake.value)
+    assert not Path("checkpoints/sums").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "sentence"),
+    [
+        (
+            LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True),
+            128,
+            "has none; give the base biases",
+        ),
+        (LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"]), 130, "resized as base.model"),
+        (
+            LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3]),
+            128,
+            "trainable_token_indices is [3]",
+        ),
+        (VeraConfig(target_modules=["q_proj"], r=2, save_projection=False), 128, "save_projection is False"),
+    ],
+)
+def test_what_this_base_cannot_hold_is_refused_in_one_sentence(workspace, config, tokens, sentence):
+    make_base("llama-untied")
+    model = load_base()
+    model.resize_token_embeddings(tokens)
+    make_outside("elsewhere", model, config)
+    shutil.move("checkpoints/elsewhere", "outside")
+    with pytest.raises(MistakeError) as mistake:
+        imported()
     assert sentence in str(mistake.value)
     assert not Path("checkpoints/sums").exists()

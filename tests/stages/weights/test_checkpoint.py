@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.errors import MistakeError
@@ -47,6 +47,22 @@ def test_effective_weights_equal_peft_bit_for_bit(method, architecture, shards):
     original = load_base().state_dict()
     moved = {name for name in found if not torch.equal(found[name], original[name])}
     assert moved and all(".1." in name or ".2." in name for name in moved)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "sharded"])
+def test_files_that_transformers_does_not_load_are_not_read(shards):
+    make_base(shards=shards)
+    save_file({"model.norm.weight": torch.zeros(32), "old": torch.zeros(1)}, BASE / "model_old.safetensors")
+    base, truth = Checkpoint(BASE, "base"), load_base().state_dict()
+    assert "old" not in base.modules and torch.equal(base.module("model.norm")["weight"], truth["model.norm.weight"])
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../model/model.safetensors"}}'])
+def test_an_index_that_is_none_or_leads_out_of_its_folder_is_one_sentence(index):
+    make_base(shards=True)
+    (BASE / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(MistakeError, match=r"index.json does not name files of its folder; download the model again"):
+        Checkpoint(BASE, "base")
 
 
 def test_a_chain_applies_each_adapter_to_its_parents_weights():
