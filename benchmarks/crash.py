@@ -238,15 +238,15 @@ def differences(truth: Files) -> list[str]:
     ]
 
 
-def one(kind: str, stage: str, moment: float, truth: Files, log: Path) -> tuple[float, list[str]]:
-    """Strike once; returns the seconds until all was right again, and what was not."""
+def one(kind: str, stage: str, moment: float, truth: Files, log: Path) -> tuple[bool, float, list[str]]:
+    """Strike once; returns whether that ended the run, the seconds until all was right again, and what was not."""
     clear()
     log.write_text(f"{kind} in {stage} after {moment:.2f} s\n")
     repro = Repro(log)
     next(name for name in repro.stages() if name == stage)
     time.sleep(moment)
     strike(kind, repro.dvc)
-    repro.wait()
+    was_hit = repro.wait() != 0
     allow()
     start = time.monotonic()
     with log.open("a") as file:
@@ -254,7 +254,7 @@ def one(kind: str, stage: str, moment: float, truth: Files, log: Path) -> tuple[
     again = Repro(log)
     code = again.wait()
     seconds = time.monotonic() - start
-    return seconds, [*([f"dvc repro ends with {code}"] if code else []), *differences(truth)]
+    return was_hit, seconds, [*([f"dvc repro ends with {code}"] if code else []), *differences(truth)]
 
 
 def main() -> None:
@@ -278,15 +278,16 @@ def main() -> None:
             print(f"{', '.join(group)}: {len(times)} stages, {sum(times.values()):.0f} s, {len(truth)} files", flush=True)
             for _ in range(number, options.strikes, len(groups)):
                 kind, stage = draw.choice(options.kinds.split(",")), draw.choice(list(times))
-                seconds, found = one(kind, stage, draw.uniform(0, times[stage]), truth, log)
+                was_hit, seconds, found = one(kind, stage, draw.uniform(0, times[stage]), truth, log)
                 slowest, wrong = max(slowest, seconds), wrong + bool(found)
-                struck[kind] += 1
-                print(f"  {kind} in {stage}: {'; '.join(found) or 'as if nothing had been'} ({seconds:.0f} s)", flush=True)
+                struck[kind if was_hit else "without effect"] += 1
+                told = "; ".join(found) or ("as if nothing had been" if was_hit else "without effect")
+                print(f"  {kind} in {stage}: {told} ({seconds:.0f} s)", flush=True)
                 if found:
                     shutil.copy(log, f"{log}.{sum(struck.values())}")
             os.chdir("/")
-    told = ", ".join(f"{count} {kind}" for kind, count in struck.items())
-    print(f"{sum(struck.values())} strikes ({told}): {wrong} wrong; the slowest recovery took {slowest:.0f} s")
+    counts = ", ".join(f"{count} {kind}" for kind, count in struck.items())
+    print(f"{sum(struck.values())} strikes ({counts}): {wrong} wrong; the slowest recovery took {slowest:.0f} s")
     sys.exit(bool(wrong))
 
 
