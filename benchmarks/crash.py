@@ -207,10 +207,10 @@ def unsound() -> list[str]:
 
 def left() -> list[str]:
     """Processes other than this one that work in the project."""
-    found = []
+    found, here = [], str(Path.cwd())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and process.cwd() == os.getcwd():
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and process.cwd() == here:
                 found.append(f"{process.pid} {process.status()}")
     return found
 
@@ -275,7 +275,9 @@ def main() -> None:
             log = Path(tempfile.gettempdir()) / f"crash-{os.getpid()}.log"
             prepare(group)
             times, truth = undisturbed(log)
-            print(f"{', '.join(group)}: {len(times)} stages, {sum(times.values()):.0f} s, {len(truth)} files", flush=True)
+            print(
+                f"{', '.join(group)}: {len(times)} stages, {sum(times.values()):.0f} s, {len(truth)} files", flush=True
+            )
             for _ in range(number, options.strikes, len(groups)):
                 kind, stage = draw.choice(options.kinds.split(",")), draw.choice(list(times))
                 was_hit, seconds, found = one(kind, stage, draw.uniform(0, times[stage]), truth, log)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
-from stages.files import BASE, publish, sha256, write_json
+from stages.files import BASE, FORMAT, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
@@ -22,10 +22,12 @@ def main() -> None:
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            dtype=dtype, trust_remote_code=False, use_safetensors=True, **source
+        )
         source.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **source)
+    except Exception as error:  # each library raises its own at a file that is not as it should be
         raise MistakeError(
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
@@ -52,6 +54,7 @@ def main() -> None:
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
+            "format": FORMAT,
             "name": "base",
             "model": settings.model,
             "revision": settings.revision,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import placed
-from stages.files import ADAPTER, BASE, CHECKPOINTS, publish, read_json, sha256, write_json
+from stages.files import ADAPTER, BASE, CHECKPOINTS, FORMAT, publish, read_record, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
 from stages.training.batches import hash_of
@@ -41,9 +41,10 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
 def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:
     """stage.json of an imported adapter: where it comes from, and what it changes."""
     return {
+        "format": FORMAT,
         "name": name,
         "parent": stage.parent,
-        "parent_sha256": read_json(BASE / "stage.json")["sha256"],
+        "parent_sha256": read_record(BASE)["sha256"],
         "lineage": lineage,
         "dataset": stage.dataset,
         "dataset_sha256": {stage.dataset: hash_of(stage.dataset)},  # a later stage may replay it
