@@ -74,8 +74,16 @@ def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBas
     """Tokens that end an answer: those of the generation config, the tokenizer's, and the chat template's own.
 
     The config is what the merged model is used with: a token that a stage learns to end its answers with must be there.
+
+    Raises:
+        MistakeError: what the generation config has is no token.
     """
     ends = [known] if isinstance(known, int) else known or []
+    if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
+        raise MistakeError(
+            f"params.yaml: base.model has eos_token_id {known!r} in its generation_config.json; write the number of a"
+            " token, or a list of them"
+        )
     if tokenizer.eos_token_id is not None:
         ends = [*ends, tokenizer.eos_token_id]
     with suppress(MistakeError):  # a base that is not asked in chats needs no template

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.errors import placed
+from stages.errors import MistakeError, first_line, placed
 from stages.files import ADAPTER, BASE, CHECKPOINTS, FORMAT, publish, read_record, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
@@ -30,12 +30,28 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     """
     with placed(f"params.yaml: stages.{name}."):
         source = stage.locate()
-    adapter = Adapter(source, Checkpoint(BASE, "base").architecture)
+    adapter = _opened(source)
     with publish(CHECKPOINTS / name) as folder:
         for file in ADAPTER:
             shutil.copy(source / file, folder / file)
         write_json(folder / "stage.json", describe(name, stage, lineage, adapter, folder))
     return adapter.parameters
+
+
+def _opened(folder: Path) -> Adapter:
+    """The adapter, once each of its modules has been merged: what cannot be is told now, and not by the merge."""
+    base = Checkpoint(BASE, "base")
+    try:
+        adapter = Adapter(folder, base.architecture)
+        for path in sorted(adapter.modules):
+            adapter.apply(path, base.module(path))
+    except MistakeError:
+        raise
+    except Exception as error:  # PEFT's own, and whatever a config raises that holds what it should not
+        raise MistakeError(
+            f"{folder} holds an adapter that cannot be merged ({first_line(error)}); use one that PEFT has saved"
+        ) from None
+    return adapter
 
 
 def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:
