@@ -1,4 +1,4 @@
-"""A device that is not there: its tensors have their values in main memory, and refuse to meet those that are not on it.
+"""A device that is not there: its tensors have their values in main memory, and refuse to meet those not on it.
 
 What it stands for is a GPU, which would refuse them too. It goes by the name `meta`, the only one whose gradients a
 build of torch for the processor computes.
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 DEVICE = torch.device("meta")
-BETWEEN = {aten.copy_.default, aten._to_copy.default}  # what takes values from one device to another
+BETWEEN = {aten.copy_, aten._to_copy, aten.to}  # what takes values from one device to another
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # by indices that may be elsewhere
 
 
@@ -69,20 +69,23 @@ def _compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation in main memory, if all that it gets is on one device; its results are there too."""
     if operation is aten._fused_sdp_choice.default:
         return 0  # attention by plain products, for the fused ones are the processor's
+    if operation is aten._has_compatible_shallow_copy_type.default:
+        return False  # a module that is moved gets new parameters
     given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
     there = [each for each in given if isinstance(each, Pretended)]
     judged = args[:1] if operation in INDEXED else given
-    apart = [each for each in judged if isinstance(each, torch.Tensor) and not isinstance(each, Pretended) and each.dim()]
-    if there and apart and operation not in BETWEEN:
+    apart = [
+        each for each in judged if isinstance(each, torch.Tensor) and not isinstance(each, Pretended) and each.dim()
+    ]
+    if there and apart and operation.overloadpacket not in BETWEEN:
         raise RuntimeError(f"{operation} was given tensors on the device and tensors of {apart[0].shape} that are not")
     asked = kwargs.get("device")
-    is_there = bool(there) if asked is None else torch.device(asked) == DEVICE
+    asked = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.device)), None)
+    is_there = bool(there) if asked is None else asked == DEVICE
     if operation is aten.copy_.default:
         is_there = isinstance(args[0], Pretended)
-    if asked is not None:
-        kwargs = kwargs | {"device": "cpu"}
     owners = {id(each.held): each for each in there}
-    args, kwargs = tree_map(lambda each: each.held if isinstance(each, Pretended) else each, (args, kwargs))
+    args, kwargs = tree_map(_in_memory, (args, kwargs))
     found = operation(*args, **kwargs)
 
     def wrapped(each: Any) -> Any:
@@ -91,3 +94,9 @@ def _compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return owners[id(each)] if id(each) in owners else Pretended(each)
 
     return tree_map(wrapped, found)
+
+
+def _in_memory(each: Any) -> Any:
+    if isinstance(each, Pretended):
+        return each.held
+    return torch.device("cpu") if isinstance(each, torch.device) else each
