@@ -54,7 +54,8 @@ WORDS = [
 TEXTS = st.sampled_from(WORDS) | st.text(max_size=5)
 PLAIN = st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.just(10**400) | TEXTS
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
-BYTES = st.binary(max_size=6) | st.sampled_from([b"\xff\xfe", b"\x00", b"[" * 100_000, b'{"a":' * 20_000, b"\n", b'"'])
+ODD = st.binary(max_size=6) | st.sampled_from([b"\xff\xfe", b"\x00", b"\n", b'"'])
+BYTES = ODD | st.sampled_from([b"[" * 100_000, b'{"a":' * 20_000])
 YAML_TEXTS = [
     *("2001-99-99", "!!int x", "!!float z", "!!timestamp x", "!!binary é", "!!set {a, b}", "!!omap [a]", "1:99", "0o9"),
     *(
@@ -139,7 +140,7 @@ def result_or_sentence(*outputs):
 @EXAMPLES
 def test_params(project, examples):
     path, tree = Path("params.yaml"), YAML(typ="safe").load(PARAMS)
-    texts = spliced(PARAMS.encode(), BYTES | st.sampled_from(YAML_TEXTS).map(str.encode))
+    texts = spliced(PARAMS.encode(), ODD | st.sampled_from(YAML_TEXTS).map(str.encode))
 
     @tried(changed(tree).map(lambda tree: json.dumps(tree).encode()) | texts, examples)
     def check(content):
