@@ -30,7 +30,7 @@ from analysis.running.watching import (
     written,
 )
 from stages.errors import run
-from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, rounded, write_json
+from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, read_record, rounded, write_json
 from stages.models.architecture import layer_stack, place
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.losses import mean_loss
@@ -69,7 +69,7 @@ def main(name: str) -> None:
 
 def own_layers(name: str) -> list[int]:
     """The layers that a stage itself trained."""
-    return list(read_json(CHECKPOINTS / name / "stage.json")["layers"])
+    return list(read_record(CHECKPOINTS / name)["layers"])
 
 
 def trained_layers(name: str, params: Params) -> list[int]:

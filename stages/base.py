@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, run
-from stages.files import BASE, publish, sha256, write_json
+from stages.files import BASE, FORMAT, publish, sha256, write_json
 from stages.models.architecture import describe
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, refuse_quantised, refuse_unsound, resolve_dtype
@@ -25,12 +25,19 @@ def main() -> None:
     try:
         refuse_quantised(settings.model, source)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **source,
         )
         model, told = found
         source.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ImportError, OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **source)
+    except MistakeError:
+        raise
+    except Exception as error:  # each library raises its own at a file that is not as it should be
         raise MistakeError(
             f"params.yaml: base.model {settings.model!r} does not load ({first_line(error)});"
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
@@ -58,6 +65,7 @@ def main() -> None:
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
+            "format": FORMAT,
             "name": "base",
             "model": settings.model,
             "revision": settings.revision,
@@ -77,8 +85,16 @@ def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBas
     """Tokens that end an answer: those of the generation config, the tokenizer's, and the chat template's own.
 
     The config is what the merged model is used with: a token that a stage learns to end its answers with must be there.
+
+    Raises:
+        MistakeError: what the generation config has is no token.
     """
     ends = [known] if isinstance(known, int) else known or []
+    if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
+        raise MistakeError(
+            f"params.yaml: base.model has eos_token_id {known!r} in its generation_config.json; write the number of a"
+            " token, or a list of them"
+        )
     if tokenizer.eos_token_id is not None:
         ends = [*ends, tokenizer.eos_token_id]
     with suppress(MistakeError):  # a base that is not asked in chats needs no template

@@ -1,13 +1,27 @@
-"""Mistakes that a user can mend, told in one sentence instead of a traceback."""
+"""Mistakes that a user can mend, told in one sentence instead of a traceback; and how a stage ends."""
 
+import ctypes
+import errno
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
 
 class MistakeError(Exception):
-    """Something in a file the user wrote is wrong; the message names the file, the key and the fix."""
+    """Something in a file the user wrote is wrong; the message names the file, the key and the fix.
+
+    It is one line, even where a name in the file has more.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.splitlines()))
 
 
 @contextmanager
@@ -25,10 +39,32 @@ def first_line(error: BaseException) -> str:
 
 
 def run(main: Callable[..., None], *args: str, **named: Any) -> None:
-    """Call `main`; on a MistakeError print its sentence to stderr and exit with code 1."""
+    """Call `main`; on a MistakeError, a full disk or a read-only file, say so on stderr and exit with code 1."""
     if sys.platform == "win32":
         sys.exit("error: Strata runs on Linux and macOS; on Windows, run it in WSL")
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()
     try:
         main(*args, **named)
     except MistakeError as mistake:
         sys.exit(f"error: {mistake}")
+    except Exception as error:
+        if _system_error(error) not in NO_ROOM:
+            raise
+        file = getattr(error, "filename", None) or "a file"
+        sys.exit(f"error: {file} cannot be written ({first_line(error)}); give it room, and the right to be written")
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when its parent ends, where it is Linux.
+
+    A stage whose dvc was killed would go on, and write what the next `dvc repro` writes and hashes.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error, which libraries in Rust have in their text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return error.errno if isinstance(error, OSError) else int(told[1]) if told else None

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name, then renamed, and removed after an error."""
 
 import hashlib
 import json
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+from stages.errors import MistakeError, first_line
+
 CHECKPOINTS = Path("checkpoints")
 BASE = CHECKPOINTS / "base"
 PICKED = Path("picked")
@@ -22,6 +24,7 @@ REPORTS = Path("reports")
 ANSWERS = REPORTS / "answers"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # the files of a PEFT adapter
 DIGITS = 6  # significant ones of a number in a file
+FORMAT = 1  # of checkpoints, in stage.json; what tells none is of the first
 
 
 def sha256(paths: Iterable[Path]) -> str:
@@ -35,8 +38,30 @@ def sha256(paths: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse the JSON file at `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Parse the JSON file at `path`.
+
+    Raises:
+        MistakeError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MistakeError(f"{path} is not valid JSON ({first_line(error)}); write it anew") from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """stage.json of a checkpoint: what it is, and where it comes from.
+
+    Raises:
+        MistakeError: it is of another format than this version of Strata reads.
+    """
+    record: dict[str, Any] = read_json(folder / "stage.json")
+    if (found := record.get("format", 1)) != FORMAT:
+        raise MistakeError(
+            f"{folder} has checkpoint format {found!r}, and this version of Strata reads {FORMAT}; make it again with"
+            " `dvc repro`, or take the version that wrote it"
+        )
+    return record
 
 
 def rounded(content: Any) -> Any:
@@ -50,12 +75,23 @@ def rounded(content: Any) -> Any:
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step, creating its folder."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that becomes `path`, whose folder is made, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step, creating its folder."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,10 +101,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
     """Write `table` to `path` as parquet in one step, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    table.to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
 
 
 @contextmanager
@@ -80,6 +114,10 @@ def publish(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

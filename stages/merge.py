@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from stages.errors import run
-from stages.files import BASE, CHECKPOINTS, MERGED, publish, read_json, write_json
+from stages.files import BASE, CHECKPOINTS, MERGED, publish, read_json, read_record, write_json
 from stages.merging.adapter_output import AdapterOutput, check_errors
 from stages.merging.merged import Merged
 from stages.merging.writer import Writer, add_part, in_processes
@@ -69,7 +69,7 @@ def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int
 def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata: dict[str, str]) -> None:
     """Write the adapter and the error of each of its modules; refuse one that misses the tolerance."""
     folder.mkdir()
-    base = read_json(BASE / "stage.json")
+    base = read_record(BASE)
     # With room for methods it is another model than the hub's.
     is_hubs = base["revision"] and not any(base.get("room", {}).values())
     name, revision = (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
@@ -83,8 +83,8 @@ def provenance(settings: Params) -> dict[str, Any]:
     names = {ancestor for name in settings.merge.weights for ancestor in settings.lineage(name)}
     return {
         "merge": settings.merge.model_dump() | {"weights": dict(sorted(settings.merge.weights.items()))},
-        "base": read_json(BASE / "stage.json"),
-        "stages": [read_json(CHECKPOINTS / name / "stage.json") for name in sorted(names)],
+        "base": read_record(BASE),
+        "stages": [read_record(CHECKPOINTS / name) for name in sorted(names)],
         "versions": {package: importlib.metadata.version(package) for package in ("mergekit", "peft", "torch")},
     }
 

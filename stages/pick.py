@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from stages.errors import MistakeError, run
-from stages.files import CHECKPOINTS, DATA, PICKED, REPORTS, read_json, sha256, write_json
+from stages.files import CHECKPOINTS, DATA, PICKED, REPORTS, read_json, read_record, sha256, write_json
 from stages.project.params import Params, load_params
 
 
@@ -43,7 +43,7 @@ def _scorers(dataset: str) -> dict[str, dict[str, str]]:
 def _record(name: str) -> dict[str, Any]:
     folder = CHECKPOINTS / name
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return read_json(folder / "stage.json") | {"bytes": size}
+    return read_record(folder) | {"bytes": size}
 
 
 if __name__ == "__main__":

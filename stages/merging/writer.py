@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
+from stages.errors import end_with_parent
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, fit_dora, fit_lora
 from stages.merging.merged import Merged
 from stages.weights.single_file import SingleFile
@@ -103,6 +104,7 @@ def in_processes(writer: Writer, paths: list[str], processes: int) -> Iterator[P
 
 def _adopt(writer: Writer) -> None:
     global _writer
+    end_with_parent()  # a killed merge would leave its workers waiting for ever
     _writer = writer
 
 

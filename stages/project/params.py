@@ -1,5 +1,6 @@
 """The only reader of params.yaml: typed, validated, one clear sentence for a mistake."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -139,11 +140,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise MistakeError(f"{path} is missing; run the command in the folder that holds it")
     try:
         content = YAML(typ="safe", pure=True).load(path)
+        json.dumps(content, ensure_ascii=False, default=str, skipkeys=True).encode()  # no half character, no circle
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise MistakeError(f"{path}:{line} is not valid YAML ({problem}); correct that line") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # a date, number or tag that is none
+        raise MistakeError(f"{path} holds a value that is none ({first_line(error)}); correct it") from None
     if not isinstance(content, dict):
         raise MistakeError(f"{path} holds no keys; start from the one in the repository")
     return content

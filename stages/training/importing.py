@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from stages.errors import MistakeError, first_line, placed
-from stages.files import ADAPTER, BASE, CHECKPOINTS, publish, read_json, sha256, write_json
+from stages.files import ADAPTER, BASE, CHECKPOINTS, FORMAT, publish, read_record, sha256, write_json
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
 from stages.training.batches import hash_of
@@ -74,9 +74,10 @@ def try_out(adapter: Adapter, base: Checkpoint, source: Path) -> None:
 def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:
     """stage.json of an imported adapter: where it comes from, and what it changes."""
     return {
+        "format": FORMAT,
         "name": name,
         "parent": stage.parent,
-        "parent_sha256": read_json(BASE / "stage.json")["sha256"],
+        "parent_sha256": read_record(BASE)["sha256"],
         "lineage": lineage,
         "dataset": stage.dataset,
         "dataset_sha256": {stage.dataset: hash_of(stage.dataset)},  # a later stage may replay it

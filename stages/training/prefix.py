@@ -44,6 +44,8 @@ class Prefix:
         self.folder = scratch("prefix") / digest
         self._limit, self._used = limit, sum(map(_size, scratch("prefix").glob("*")))
         self._draws: dict[bool, bool] = {}  # whether the layers draw random numbers, in training and otherwise
+        for temporary in self.folder.glob("*.tmp"):  # left by a killed run; one that is alive goes on without it
+            temporary.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             os.utime(self.folder)  # folders that have not been used for the longest time make room
 

@@ -21,6 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from stages.files import replacing
+
 try:
     import fcntl
 except ImportError:  # Windows: without locks of files, DVC's own lock of the repository is the only one
@@ -44,6 +46,8 @@ def resume_folder(key: dict[str, Any], accelerator: Accelerator | None = None) -
     leads = accelerator is None or accelerator.is_main_process
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = scratch("resume") / digest
+    for removed in folder.parent.glob("*.removed"):  # by who was killed at it
+        shutil.rmtree(removed, ignore_errors=True)
     with _locked(folder) if leads else nullcontext():
         if accelerator:
             accelerator.wait_for_everyone()
@@ -83,18 +87,17 @@ def _remove(folder: Path) -> None:
     """Remove the folder in one step, so that nobody opens a lock in one that is half removed."""
     removed = folder.with_name(f"{folder.name}.{os.getpid()}.removed")
     os.replace(folder, removed)
-    shutil.rmtree(removed)
+    shutil.rmtree(removed, ignore_errors=True)  # another process may be at it
 
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Replace the folder's state in one step; a kill leaves the old one or the new one."""
-    temporary = folder / "state.tmp"
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        temporary,
-        {"facts": json.dumps(facts)},
-    )
-    os.replace(temporary, folder / "state.safetensors")
+    with replacing(folder / "state.safetensors") as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"facts": json.dumps(facts)},
+        )
 
 
 def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stages.errors import MistakeError
-from stages.files import BASE, CHECKPOINTS, MERGED, read_json
+from stages.files import BASE, CHECKPOINTS, MERGED, read_json, read_record
 from stages.models.architecture import Architecture
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile
@@ -166,11 +166,11 @@ def open_checkpoint(name: str, opened: dict[str, Checkpoint | VirtualCheckpoint]
         if name == "base":
             opened[name] = Checkpoint(BASE, name)
         else:
-            record = CHECKPOINTS / name / "stage.json"
-            if not record.exists():
+            folder = CHECKPOINTS / name
+            if not (folder / "stage.json").exists():
                 raise MistakeError(f"checkpoints/{name} holds no trained stage; run `dvc repro train@{name}`")
-            parent = read_json(record)["parent"]
-            opened[name] = VirtualCheckpoint(name, open_checkpoint(parent, opened), CHECKPOINTS / name)
+            parent = read_record(folder)["parent"]
+            opened[name] = VirtualCheckpoint(name, open_checkpoint(parent, opened), folder)
     return opened[name]
 
 

@@ -1,0 +1,86 @@
+"""Files that are whole or absent, and how a stage ends when the system refuses it something."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stages import errors
+from stages.errors import MistakeError
+from stages.files import FORMAT, publish, read_json, read_record, write_json, write_text
+from tests.conftest import ROOT
+
+
+def test_an_error_leaves_what_stood_there_and_nothing_beside_it(workspace):
+    write_text(Path("out/a"), "old")
+    with publish(Path("out/folder")) as folder:
+        write_text(folder / "b", "old")
+    before = {path: path.read_text() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(UnicodeEncodeError):
+        write_text(Path("out/a"), "\ud83d")
+    with pytest.raises(ZeroDivisionError), publish(Path("out/folder")) as folder:
+        write_text(folder / "b", "new")
+        raise ZeroDivisionError
+    assert {path: path.read_text() for path in Path().rglob("*") if path.is_file()} == before
+    assert not list(Path().rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", "9" * 5000])
+def test_what_is_not_json_is_told(workspace, text):
+    Path("a.json").write_text(text)
+    with pytest.raises(MistakeError, match=r"^a.json is not valid JSON \(.*\); write it anew$"):
+        read_json(Path("a.json"))
+
+
+def test_a_checkpoint_of_another_format_is_refused(workspace):
+    for content in ({"name": "a"}, {"name": "a", "format": FORMAT}):
+        write_json(Path("a/stage.json"), content)
+        assert read_record(Path("a")) == content
+    for found in (FORMAT + 1, "2", None):
+        write_json(Path("a/stage.json"), {"name": "a", "format": found})
+        with pytest.raises(
+            MistakeError, match=rf"^a has checkpoint format {found!r}, and this version of Strata reads 1"
+        ):
+            read_record(Path("a"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a.json"),
+        PermissionError(errno.EACCES, "Permission denied", "a.json"),
+        RuntimeError("Error while serializing: I/O error: File too large (os error 27)"),  # as safetensors has it
+    ],
+)
+def test_a_full_disk_and_a_read_only_file_are_one_sentence(error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^error: a.* cannot be written \(.*\); give it room, and the right to"):
+        errors.run(fail)
+
+
+def test_any_other_error_of_the_system_is_ours():
+    with pytest.raises(FileNotFoundError):
+        errors.run(lambda: Path("nothing").read_text())
+
+
+STAGE = "import time; from stages.errors import run; run(lambda: (print('in', flush=True), time.sleep(60)))"
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STAGE!r}])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system knows no such signal")
+def test_a_stage_ends_with_the_dvc_that_started_it(workspace):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_STAGE": "sums"}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "in\n"
+    (stage,) = psutil.Process(parent.pid).children()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs([stage], timeout=10)
+    assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
