@@ -108,10 +108,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         MistakeError: it is no configuration of PEFT, or has a type, key or value that is refused.
     """
-    try:
-        config = read_json(path)
-    except ValueError as error:
-        raise MistakeError(f"{path} is no JSON ({first_line(error)}); give the folder of a PEFT adapter") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise MistakeError(
             f"{path} has no peft_type, so it is not PEFT's; convert the adapter (MLX's lora_a and lora_b are PEFT's"

@@ -328,7 +328,7 @@ def pickled():
             "q_proj.lora_B.weight, one of 4 that its adapter_config.json asks for",
         ),
         (lambda: WEIGHTS.write_bytes(b"12345678"), "", "outside/adapter_model.safetensors is not a whole safetensors"),
-        (lambda: CONFIG.write_text("{"), "", "outside/adapter_config.json is no JSON"),
+        (lambda: CONFIG.write_text("{"), "", "outside/adapter_config.json is not valid JSON"),
         (lambda: CONFIG.write_text('{"fine_tune_type": "lora"}'), "", "has no peft_type, so it is not PEFT's"),
         (configured(peft_type="VBLORA"), "", "peft_type is 'VBLORA', whose modules cannot be merged one by one"),
         (configured(new_key=1), "", "outside/adapter_config.json: new_key is no key of PEFT"),
