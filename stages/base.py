@@ -1,14 +1,16 @@
 """Fetch the base model and keep it as safetensors, with its tokenizer: `python -m stages.base`."""
 
+import dataclasses
 import shutil
 from contextlib import suppress
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import stages.models.modeling_houlsby as houlsby
-from stages.errors import MistakeError, first_line, run
+from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, publish, sha256, write_json
 from stages.models.architecture import describe
+from stages.models.names import pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import forget_quantisation, locate, resolve_dtype
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
@@ -62,7 +64,10 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        architecture.write(folder)
+        with placed("params.yaml: base.model: "):
+            pieces = pieces_of(model, shapes_in(folder))
+            refuse_lost(model, folder, pieces)
+        dataclasses.replace(architecture, pieces=pieces).write(folder)
         write_json(folder / "stage.json", record)
     refuse_chats(params)
 

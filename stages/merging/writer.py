@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, fit_dora, fit_lora
 from stages.merging.merged import Merged
+from stages.models.names import part
 from stages.weights.single_file import SingleFile
 from stages.weights.tensor_file import DTYPES, size
 
@@ -42,16 +43,19 @@ class Writer:
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             if "model" in self._files:
-                self._files["model"].put(name, values.to(DTYPES[self._merged.specification(name)[1]]))
+                rounded = values.to(DTYPES[self._merged.specification(name)[1]])
+                for piece, index in self._merged.pieces(name):
+                    self._files["model"].put(piece, part(rounded, index))
             if "delta" in self._files:
                 self._files["delta"].put(name, values - self._base.stored(name).float())
         return self._part(path, weights) if self._adapter else None
 
     def _copy(self, name: str) -> None:
         """A tensor that no stage changes, as bytes, with a piece of it in memory at a time."""
-        file, stored = self._base.file(name)
         dtype = DTYPES[self._merged.specification(name)[1]]
-        self._files["model"].put_pieces(name, (piece.to(dtype) for piece in file.pieces(stored)))
+        for piece, _ in self._base.pieces(name):
+            parts = self._base.file(piece).pieces(piece)
+            self._files["model"].put_pieces(piece, (values.to(dtype) for values in parts))
 
     def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:
         """The module as an adapter: LoRA where the merge is low-rank, DoRA where it is not, else all of its weights."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
+from stages.models.names import Piece, pieces_of, shapes_in
 from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Architecture:
         positions: the longest text, in tokens; None where there is no limit.
         modules: by dotted name, in the model's order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
+        pieces: where parameters and buffers are in the file that it holds by other names (see `stages.models.names`).
     """
 
     model_type: str
@@ -67,13 +69,15 @@ class Architecture:
     positions: int | None
     modules: dict[str, Module]
     tied: dict[str, str]
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:
         """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
         path = folder / FILE
         if not path.exists():
-            return describe(empty_model(folder))
+            model = empty_model(folder)
+            return describe(model, pieces_of(model, shapes_in(folder)))
         content = read_json(path)
         return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
 
@@ -131,8 +135,8 @@ class Architecture:
         return {self.modules[path].group, kind, kind.rpartition(".")[2]}
 
 
-def describe(model: PreTrainedModel) -> Architecture:
-    """The architecture of a model in memory, or on the meta device.
+def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = None) -> Architecture:
+    """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
         MistakeError: it has no list of `config.num_hidden_layers` layers.
@@ -156,6 +160,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         positions=getattr(config, "max_position_embeddings", None),
         modules=modules,
         tied=dict(model.all_tied_weights_keys),
+        pieces=pieces or {},
     )
 
 

@@ -1,6 +1,7 @@
 """The model that a stage trains: its parent, with the adapter of the stage's method on it."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,9 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     config = stage.adapter_config(model, select(model, stage.layers))
     model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
     try:
-        wrapped = get_peft_model(model, config)
+        # PEFT takes names of experts for those of older transformers and would train other modules, in every layer.
+        with patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"):
+            wrapped = get_peft_model(model, config)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise MistakeError(
             f"method {stage.method!r} is refused by PEFT ({first_line(error)}); change its keys, or choose another"
