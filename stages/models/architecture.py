@@ -146,10 +146,10 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     modules = {}
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
     for path, module in model.named_modules():
-        if module._parameters:
+        shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
+        if shapes:
             if is_norm(module) and type(module) not in unit_gains:
                 unit_gains[type(module)] = _has_unit_gain(module)
-            shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
             group = _group(path, module, stack, ends)
             modules[path] = Module(kind_of(module), group, shapes, unit_gains.get(type(module), False))
     return Architecture(
@@ -223,7 +223,8 @@ def kind_of(module: nn.Module) -> Kind:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        return "linear"
+        # A router that makes more of its product than a matrix does takes no adapter beside it.
+        return "linear" if type(module).forward is nn.Linear.forward else "other"
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, nn.Embedding):

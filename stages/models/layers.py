@@ -34,6 +34,12 @@ def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     return [path for path in modules if is_norm(model.get_submodule(path))]
 
 
+def parameters_of(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Names of the parameters that `modules` have themselves, except what their authors do not train by gradients."""
+    found = {path: model.get_submodule(path).named_parameters(recurse=False) for path in modules}
+    return [f"{path}.{name}" for path, own in found.items() for name, weights in own if weights.requires_grad]
+
+
 def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> list[str]:
     """The weight matrices among `modules`, where all are Linear.
 
