@@ -96,6 +96,8 @@ def copy_companions(merged: Merged, folder: Path) -> None:
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False
+        if "text_config" in config:
+            config["text_config"]["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
 

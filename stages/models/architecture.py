@@ -20,7 +20,7 @@ from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "architecture.json"  # beside the weights
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
@@ -139,9 +139,9 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
-        MistakeError: it has no list of `config.num_hidden_layers` layers.
+        MistakeError: its text model has no list of `num_hidden_layers` layers.
     """
-    config, stack = model.config, layer_stack(model)
+    config, stack = text_config(model), layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules = {}
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
@@ -173,17 +173,22 @@ def empty_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """What of a model's config is about the text: all of it, but for a model of images and text."""
+    return model.config.get_text_config(decoder=True)
+
+
 def layer_stack(model: PreTrainedModel) -> str:
     """Dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
 
     Raises:
-        MistakeError: the model has no list of `config.num_hidden_layers` modules.
+        MistakeError: the text model has no list of `num_hidden_layers` modules.
     """
     from torch import nn
 
-    count = model.config.num_hidden_layers
+    count, text = text_config(model).num_hidden_layers, set(model.get_decoder().modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in text:
             return name
     raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
 

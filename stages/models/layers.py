@@ -55,3 +55,28 @@ def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> l
             " or full"
         )
     return matrices
+
+
+def beside(method: str, model: PreTrainedModel, matrices: list[str]) -> list[str]:
+    """The weight matrices themselves, where PEFT puts a LoRA beside all of them.
+
+    Raises:
+        MistakeError: it does not beside those that the kernels of Mamba read themselves; the sentence begins with the
+            key below `stages.NAME`.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    names, refused = list(dict.fromkeys(path.rpartition(".")[2] for path in matrices)), []
+    for name in names:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        except ValueError:
+            refused.append(name)
+    if refused:
+        others = ", ".join(f"{name}: all" for name in names if name not in refused)
+        raise MistakeError(
+            f"method {method!r} does not go beside {' and '.join(refused)} of {type(model).__name__}, whose kernels"
+            f" read the weight themselves; name the others, such as layers: {{{others}}}, or choose full"
+        )
+    return matrices

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import MistakeError
 
+REST = "model.rest.safetensors"  # beside the weights of the text model: the other parts of the checkpoint
+COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers in files of older versions
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -27,6 +30,21 @@ Piece = tuple[str, Index]
 def shapes_in(folder: Path) -> dict[str, list[int]]:
     """Shape of every tensor in the safetensors files of a model's folder, by its name there."""
     return {name: list(file.get_slice(name).get_shape()) for name, file in _files(folder).items()}
+
+
+def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Copy what a source holds beside a model in memory, such as a vision tower, into a file of its own in `folder`.
+
+    Tensors keep their bytes. What older files hold of buffers that are computed anyway is left behind.
+    """
+    from safetensors.torch import save_file
+
+    files = _files(source)
+    taken = {name for parts in pieces_of(model, shapes_in(source)).values() for name, _ in parts}
+    rest = [name for name in files.keys() - taken - model.state_dict().keys() if not name.endswith(COMPUTED)]
+    if rest:
+        tensors = {name: files[name].get_tensor(name) for name in sorted(rest)}
+        save_file(tensors, folder / REST, {"format": "pt"})
 
 
 def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> None:
