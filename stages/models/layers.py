@@ -25,7 +25,18 @@ def mlp_width(config: PretrainedConfig) -> int | None:
 
 
 def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D)."""
+    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D).
+
+    Raises:
+        MistakeError: the embedding is among `modules`, and so was named; the sentence begins with the key below
+            `stages.NAME`.
+    """
+    for path in modules:
+        if model.get_submodule(path) is model.get_input_embeddings():
+            raise MistakeError(
+                f"layers names {path}, which is no matrix that an adapter goes beside; name the output layer alone, by"
+                " lm_head: all, or choose full"
+            )
     return [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
 
 
