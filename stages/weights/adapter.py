@@ -97,6 +97,8 @@ class Adapter:
     def apply(self, path: str, weights: Tensors) -> Tensors:
         """Parameters of module `path` after the merge, given those before it; dtype and shapes are kept."""
         parts = self._keys[path].keys()
+        if self.config["peft_type"] == "LN_TUNING":  # beside a trained output layer PEFT saves the old one
+            return weights | {name: self._read(path, name) for name in parts if not name.startswith("base_layer.")}
         if parts <= weights.keys():
             return weights | {name: self._read(path, name) for name in parts}
         if self._is_lora and parts <= LORA:
