@@ -228,13 +228,24 @@ def kind_of(module: nn.Module) -> Kind:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        # A router that makes more of its product than a matrix does takes no adapter beside it.
-        return "linear" if type(module).forward is nn.Linear.forward else "other"
+        return "linear" if type(module).forward is nn.Linear.forward or _gives_a_product(module) else "other"
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "norm" if is_norm(module) else "other"
+
+
+def _gives_a_product(module: nn.Linear) -> bool:
+    """Whether what is derived from Linear gives one tensor [tokens, out], and not the choices of a router."""
+    import torch
+
+    weights = {name: torch.empty_like(values, device="meta") for name, values in module.state_dict().items()}
+    try:
+        found = torch.func.functional_call(module, weights, torch.empty(1, 2, module.in_features, device="meta"))
+    except Exception:  # it does more than a matrix does
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
 
 
 def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
@@ -262,5 +273,5 @@ def _has_unit_gain(norm: nn.Module) -> bool:
             parameter.zero_()
         try:
             return bool(silent(torch.ones(1, 1, len(weight)) + torch.arange(len(weight))).any())
-        except (TypeError, AttributeError):  # gated norms take more than their input
+        except Exception:  # gated norms take more than their input, and what is called a norm may be none
             return False

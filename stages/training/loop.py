@@ -7,6 +7,7 @@ the launcher divides them (`stages.training.shard`).
 
 import math
 import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class Run:
             self.accelerator.backward(loss)
             total += loss.detach()
         if not self._is_checked:
-            self._refuse_unreached()
+            self._tell_unreached()
         if self.accelerator.num_processes > 1:
             for parameter in self.trained.values():
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -141,8 +142,12 @@ class Run:
             total = self.accelerator.reduce(total, "sum")
         return float(total)
 
-    def _refuse_unreached(self) -> None:
-        """Raise a MistakeError for an adapter that no gradient reaches in any layer, since the model goes past it."""
+    def _tell_unreached(self) -> None:
+        """Warn of adapters that no gradient reaches in any layer, since the model goes past them: they stay at zero.
+
+        Raises:
+            MistakeError: one starts from the weight, which it took its start off.
+        """
         self._is_checked = True
         reached: dict[str, bool] = {}
         for name, parameter in self.trained.items():
@@ -150,10 +155,11 @@ class Run:
                 kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(PREFIX).partition(".lora_")[0])
                 reached[kind] = reached.get(kind, False) or parameter.grad is not None
         if missed := [kind for kind, is_reached in reached.items() if not is_reached]:
-            raise MistakeError(
-                f"layers names {missed[0]}, whose weight {self.model.config.model_type} reads itself, past the adapter"
-                f" that method {self.stage.method!r} puts beside it; leave it out, naming others, or choose full"
-            )
+            found = f"{', '.join(missed)} of {self.model.config.model_type} learns nothing by method"
+            found += f" {self.stage.method!r}, for the loss does not depend on what is beside the weight"
+            if getattr(self.stage, "init", "default") != "default":
+                raise MistakeError(f"init starts from the weights, but {found}; remove init, or name others in layers")
+            warnings.warn(found, stacklevel=4)
 
     def apart(self, groups: list[list[Example]]) -> float:
         """Combine the gradient of each source's mean loss by `surgery`; returns the mean loss over all tokens."""

@@ -1,15 +1,33 @@
-"""Losses of every causal language model that transformers knows: against the cross-entropy of its own logits."""
+"""Every causal language model that transformers knows: what is trained is what is merged, and losses are its own."""
 
+import copy
+import shutil
 import signal
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stages import base
+from stages.files import BASE, CHECKPOINTS, MERGED, publish, write_json
+from stages.merge import write
+from stages.merging.merged import Merged
+from stages.methods import METHODS
+from stages.methods.copies import COPY
+from stages.models.architecture import layer_stack, place
+from stages.models.loading import load_model
 from stages.models.losses import pad, token_losses
+from stages.settings.merge import Merge
+from stages.training.loop import Run
+from stages.training.model import load_parent, put_on
+from stages.weights.checkpoint import open_stages
+from tests.conftest import PARAMS, make_tokenizer
 from tests.stages.models.test_losses import whole
 from tests.stages.test_train import make_examples
 
@@ -83,7 +101,7 @@ def build(kind, keys):
     return model.eval()
 
 
-def first_that_runs(kind, batch):
+def first_that_runs(kind, batch, layers=2):
     """A model and the truth about it.
 
     Raises:
@@ -92,7 +110,7 @@ def first_that_runs(kind, batch):
     reasons = []
     for keys in ATTEMPTS:
         try:
-            model = build(kind, keys)
+            model = build(kind, keys | dict.fromkeys(LAYERS, layers))
             return model, whole(model, batch).detach()
         except Exception as error:  # each type has its own ways to refuse a size
             reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0][:120])
@@ -120,3 +138,80 @@ def test_losses_are_those_of_the_models_own_logits():
     assert sum(map(len, ways.values())) >= 150
     assert {"falcon_h1", "recurrent_gemma", "gemma2", "cohere", "granite"} <= set(ways["asked"])
     assert {"llama", "qwen3", "gpt2", "mixtral", "phi3", "mamba"} <= set(ways["chunks"])
+
+
+STAGE = """\
+  sums:
+    parent: base
+    dataset: sums
+    method: {method}
+    layers: 1-2
+    lr: 0.01
+    steps: 2
+merge:
+  method: task_arithmetic
+  weights: {{sums: 1.0}}
+  dtype: float32
+evaluate: {{}}
+warn: {{}}
+"""
+LEARNT = ("lora", "full", "ln")
+
+
+def save_source(model):
+    model.save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    Path("sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 60)
+
+
+def weights_in(wrapped):
+    """Those that a wrapped model computes with, by the names of the model in it."""
+    if wrapped.peft_type != "LN_TUNING":
+        return copy.deepcopy(wrapped).merge_and_unload().state_dict()
+    found = wrapped.get_base_model().state_dict().items()  # PEFT itself merges no copy of a module without a weight
+    return {name.replace(COPY, "."): weights for name, weights in found if ".base_layer." not in name}
+
+
+def follow(method, ids):
+    """Train `method` on layers 1 and 2 of model/, merge it, and hold each step against the model in memory.
+
+    Raises:
+        MistakeError: the base stage or the training refuses it.
+    """
+    for folder in (BASE, CHECKPOINTS / "sums", MERGED):
+        shutil.rmtree(folder, ignore_errors=True)
+    head = PARAMS.partition("  words:")[0].replace("model: model", "model: model")
+    Path("params.yaml").write_text(head + "stages:\n" + STAGE.format(method=method))
+    base.main()
+    stage = METHODS[method](parent="base", dataset="sums", method=method, lr=0.01, steps=2, layers="1-2")
+    torch.manual_seed(0)
+    wrapped = put_on(stage, load_parent(stage, torch.float32), torch.float32)
+    before = {name: weights.clone() for name, weights in wrapped.get_base_model().state_dict().items()}
+    run = Run(wrapped, stage, Accelerator(cpu=True))
+    for step in range(stage.steps):
+        run.step([make_examples(4)], step)
+    with publish(CHECKPOINTS / "sums") as folder:
+        stage.save(wrapped, folder)
+        write_json(folder / "stage.json", {"name": "sums", "parent": "base"})
+    with torch.no_grad():
+        truth = wrapped.eval()(input_ids=ids, use_cache=False).logits
+    trained = weights_in(wrapped)
+    checkpoint, (opened,) = open_stages(["sums"])
+    MERGED.mkdir()
+    write(Merged(checkpoint, [opened], Merge(weights={"sums": 1.0}, dtype="float32")), MERGED, {"format": "pt"})
+    loaded, report = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"], report["missing_keys"]
+    moved = 0
+    with torch.no_grad():
+        for model in (load_model(opened, torch.float32), loaded.eval()):
+            found = model.state_dict()
+            for name, weights in trained.items():
+                assert torch.allclose(found[name], weights, rtol=0, atol=1e-6), name
+                layer = place(name, layer_stack(model))[0]
+                same = name not in before or torch.equal(found[name], before[name])
+                assert same or layer in (1, 2), f"{name} is not in layers 1 and 2, and changed"
+                moved += not torch.equal(found[name], before.get(name, found[name]))
+            assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, rtol=0, atol=1e-4)
+    source, file = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
+    assert source.keys() == file.keys(), f"{sorted(source.keys() ^ file.keys())[:3]} are other names than the base's"
+    assert any(not torch.equal(file[name], source[name]) for name in source), "nothing changed"
