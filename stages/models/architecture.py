@@ -187,9 +187,10 @@ def layer_stack(model: PreTrainedModel) -> str:
     from torch import nn
 
     count, text = text_config(model).num_hidden_layers, set(model.get_decoder().modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in text:
-            return name
+    lists = {n: module for n, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    stacks = [name for name, module in lists.items() if len(module) == count]
+    if stacks:
+        return next((name for name in stacks if lists[name] in text), stacks[0])
     raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
 
 
