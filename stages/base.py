@@ -1,17 +1,28 @@
 """Fetch the base model and keep it as safetensors, with its tokenizer: `python -m stages.base`."""
 
+import dataclasses
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import stages.models.modeling_houlsby as houlsby
-from stages.errors import MistakeError, first_line, run
+from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
-from stages.models.architecture import describe
+from stages.models.architecture import describe, text_config
+from stages.models.names import carry_over, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
-from stages.models.source import forget_quantisation, locate, refuse_quantised, refuse_unsound, resolve_dtype
+from stages.models.source import (
+    files_of,
+    forget_quantisation,
+    locate,
+    refuse_quantised,
+    refuse_unsound,
+    resolve_dtype,
+    whole_config,
+)
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
 
@@ -24,7 +35,7 @@ def main() -> None:
     dtype = resolve_dtype(settings.dtype)
     try:
         refuse_quantised(settings.model, source)
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -32,7 +43,7 @@ def main() -> None:
             ignore_mismatched_sizes=True,
             **source,
         )
-        model, told = found
+        model, told = loaded
         source.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **source)
     except MistakeError:
@@ -45,7 +56,7 @@ def main() -> None:
     refuse_unsound(settings.model, model, told)
     if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):
         tokenizer.pad_token = tokenizer.eos_token  # one was added that the embeddings have no row for
-    refuse_layers_outside(params, model.config.num_hidden_layers)
+    refuse_layers_outside(params, text_config(model).num_hidden_layers)
     forget_quantisation(model)
     if settings.add_biases:
         model = add_biases(model)
@@ -62,6 +73,8 @@ def main() -> None:
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if found := files_of(source):
+            keep_the_rest(model, found, folder)
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
@@ -73,12 +86,23 @@ def main() -> None:
             "room": settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"}),
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": model.num_parameters(),
-            "layers": model.config.num_hidden_layers,
+            "layers": architecture.layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        architecture.write(folder)
+        with placed("params.yaml: base.model: "):
+            pieces = pieces_of(model, shapes_in(folder))
+            refuse_lost(model, folder, pieces)
+        dataclasses.replace(architecture, pieces=pieces).write(folder)
         write_json(folder / "stage.json", record)
     refuse_chats(params)
+
+
+def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
+    carry_over(model, source, folder)
+    whole_config(model, source).save_pretrained(folder)
+    for path in source.glob("*processor_config.json"):
+        shutil.copy(path, folder)
 
 
 def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

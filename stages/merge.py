@@ -52,8 +52,7 @@ def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int
         files: dict[str, SingleFile] = {}
         if "model" in outputs:
             copy_companions(merged, folder)
-            names = {name: merged.specification(name) for name in merged.names(merged.modules)}
-            files["model"] = stack.enter_context(single_file(folder / "model.safetensors", names, metadata))
+            files["model"] = stack.enter_context(single_file(folder / "model.safetensors", merged.layout(), metadata))
         if "delta" in outputs:
             names = {name: (merged.specification(name)[0], "F32") for name in merged.names(merged.changed())}
             files["delta"] = stack.enter_context(single_file(folder / "delta.safetensors", names, metadata))
@@ -97,6 +96,8 @@ def copy_companions(merged: Merged, folder: Path) -> None:
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False
+        if "text_config" in config:
+            config["text_config"]["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
 

@@ -143,6 +143,7 @@ def make_stage(
     """
     stage = METHODS[method](parent=parent, dataset="d", method=method, lr=1e-3, steps=1, layers=chosen, **keys)
     torch.manual_seed(sum(map(ord, name)))
+    model.requires_grad_()  # merge_and_unload leaves all frozen, as only what nobody trains is in a model as loaded
     wrapped = get_peft_model(model, stage.adapter_config(model, select(model, chosen)))
     with torch.no_grad():
         for parameter in wrapped.parameters():

@@ -12,6 +12,7 @@ from stages.files import MERGED
 from stages.merging.core_space import merge_in_core
 from stages.merging.kernels import Values, find_kernel
 from stages.merging.parameters import evaluate
+from stages.models.names import Piece
 from stages.settings.merge import Merge
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
@@ -57,10 +58,26 @@ class Merged:
         """Full names of the parameters of some modules."""
         return [f"{path}.{parameter}" for path in paths for parameter in self.modules[path]]
 
+    def pieces(self, name: str) -> list[Piece]:
+        """Tensors of the file that a parameter is written as: those of the base, and an untied head as itself."""
+        return [(name, [])] if name.rpartition(".")[0] in self.base.tied else self.base.pieces(name)
+
     def specification(self, name: str) -> Specification:
-        """Shape and safetensors dtype of one tensor of the file: `merge.dtype` for all that is floating-point."""
+        """Shape and safetensors dtype of one parameter in the file.
+
+        The dtype is `merge.dtype`; what the base holds in another dtype than most of its weights keeps that.
+        """
         shape, stored = self.base.specification(name)
-        return shape, NAMES[getattr(torch, self.merge.dtype)] if DTYPES[stored].is_floating_point else stored
+        return shape, NAMES[getattr(torch, self.merge.dtype)] if stored == self.base.dtype else stored
+
+    def layout(self) -> dict[str, Specification]:
+        """Shape and safetensors dtype of every tensor of the file, which has the names of the base's."""
+        found: dict[str, Specification] = {}
+        for name in self.names(self.modules):
+            shape, dtype = self.specification(name)
+            for piece, index in self.pieces(name):
+                found[piece] = (list(self.base.file(piece).specification(piece)[0]) if index else shape, dtype)
+        return found
 
     def stored(self, name: str) -> torch.Tensor:
         """One tensor as the file holds it: merged, then rounded once to its dtype."""
@@ -216,5 +233,5 @@ class Merged:
 def open_merged(base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> Checkpoint | Merged:
     """The merged model: its file, or where `merge.outputs` does not ask for one, the merge computed when asked."""
     if "model" in merge.outputs:
-        return Checkpoint(MERGED, "merged")
+        return Checkpoint(MERGED, "merged", base)
     return Merged(base, stages, merge)

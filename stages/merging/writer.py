@@ -14,6 +14,7 @@ from tqdm import tqdm
 from stages.errors import end_with_parent
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, fit_dora, fit_lora
 from stages.merging.merged import Merged
+from stages.models.names import part
 from stages.weights.single_file import SingleFile
 from stages.weights.tensor_file import size
 
@@ -43,16 +44,18 @@ class Writer:
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             if "model" in self._files:
-                self._files["model"].put(name, self._merged.rounded(name, values))
+                rounded = self._merged.rounded(name, values)
+                for piece, index in self._merged.pieces(name):
+                    self._files["model"].put(piece, part(rounded, index))
             if "delta" in self._files:
                 self._files["delta"].put(name, values - self._base.stored(name).float())
         return self._part(path, weights) if self._adapter else None
 
     def _copy(self, name: str) -> None:
         """A tensor that no stage changes, as bytes, with a piece of it in memory at a time."""
-        file, stored = self._base.file(name)
-        pieces = (self._merged.rounded(name, piece) for piece in file.pieces(stored))
-        self._files["model"].put_pieces(name, pieces)
+        for piece, _ in self._base.pieces(name):
+            parts = self._base.file(piece).pieces(piece)
+            self._files["model"].put_pieces(piece, (self._merged.rounded(name, values) for values in parts))
 
     def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:
         """The module as an adapter: LoRA where the merge is low-rank, DoRA where it is not, else all of its weights."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stages.models.architecture import exactly
-from stages.settings.stage import Training
+from stages.methods.copies import Copies
+from stages.models.layers import parameters_of
 
 if TYPE_CHECKING:
-    from peft import LNTuningConfig
     from transformers import PreTrainedModel
 
 
-class Full(Training):
+class Full(Copies):
     """Every weight, bias and norm of the layers.
 
     Much data, or few layers; large checkpoints.
@@ -22,8 +21,6 @@ class Full(Training):
 
     method: Literal["full"]
 
-    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
-        """Train a copy of each of `modules`."""
-        from peft import LNTuningConfig
-
-        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(modules))
+    def parameters(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
+        """All of `modules`."""
+        return parameters_of(model, modules)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
-from stages.models.architecture import exactly
-from stages.settings.stage import Stage, Training
+from stages.methods.copies import Copies
+from stages.models.layers import parameters_of
+from stages.settings.stage import Stage
 
 if TYPE_CHECKING:
-    from peft import LNTuningConfig
     from transformers import PreTrainedModel
 
     from stages.settings.base import Base
 
 
-class HoulsbyStage(Training):
+class HoulsbyStage(Copies):
     """Adapters behind attention and MLP, made by `base.adapter_size` (arXiv 1902.00751).
 
     The classic; the result needs `trust_remote_code`, so rather `bottleneck`.
@@ -30,18 +30,10 @@ class HoulsbyStage(Training):
         """The base needs room for adapters."""
         _refuse_without(base.adapter_size)
 
-    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
-        """Train a copy of each adapter's matrices among `modules`.
-
-        Raises:
-            MistakeError: the base has no adapters.
-        """
-        from peft import LNTuningConfig
-
+    def parameters(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
+        """Those of the adapters' matrices among `modules`; the base must have them."""
         _refuse_without(getattr(model.config, "adapter_size", 0))
-        return LNTuningConfig(
-            task_type="CAUSAL_LM", target_modules=exactly([path for path in modules if ".adapter." in path])
-        )
+        return parameters_of(model, [path for path in modules if ".adapter." in path])
 
 
 def _refuse_without(adapter_size: int) -> None:

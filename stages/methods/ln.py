@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stages.models.architecture import exactly
-from stages.models.layers import norm_modules
-from stages.settings.stage import Training
+from stages.methods.copies import Copies
+from stages.models.layers import norm_modules, parameters_of
 
 if TYPE_CHECKING:
-    from peft import LNTuningConfig
     from transformers import PreTrainedModel
 
 
-class LayerNorm(Training):
+class LayerNorm(Copies):
     """Gains (and biases) of the norms.
 
     Tiny; like `bitfit`, for models without biases.
@@ -21,8 +19,6 @@ class LayerNorm(Training):
 
     method: Literal["ln"]
 
-    def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LNTuningConfig:
-        """Train a copy of each normalisation among `modules`."""
-        from peft import LNTuningConfig
-
-        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(norm_modules(model, modules)))
+    def parameters(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
+        """Those of each normalisation among `modules`."""
+        return parameters_of(model, norm_modules(model, modules))

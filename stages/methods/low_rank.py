@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from stages.models.architecture import exactly
-from stages.models.layers import linear_modules, plain_matrices
+from stages.models.layers import beside, linear_modules, plain_matrices
 from stages.settings.stage import Share, Training
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class LowRank(Training):
             use_dora=self.use_dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" else self.init,
-            target_modules=exactly(matrices),
+            target_modules=exactly(beside(self.method, model, matrices)),
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 

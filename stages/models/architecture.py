@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
+from stages.models.names import Piece, pieces_of, shapes_in
 from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "architecture.json"  # beside the weights
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
@@ -58,6 +59,7 @@ class Architecture:
         positions: the longest text, in tokens; None where there is no limit.
         modules: by dotted name, in the model's order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
+        pieces: where parameters and buffers are in the file that it holds by other names (see `stages.models.names`).
     """
 
     model_type: str
@@ -67,13 +69,15 @@ class Architecture:
     positions: int | None
     modules: dict[str, Module]
     tied: dict[str, str]
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:
         """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
         path = folder / FILE
         if not path.exists():
-            return describe(empty_model(folder))
+            model = empty_model(folder)
+            return describe(model, pieces_of(model, shapes_in(folder)))
         content = read_json(path)
         return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
 
@@ -131,21 +135,21 @@ class Architecture:
         return {self.modules[path].group, kind, kind.rpartition(".")[2]}
 
 
-def describe(model: PreTrainedModel) -> Architecture:
-    """The architecture of a model in memory, or on the meta device.
+def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = None) -> Architecture:
+    """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
-        MistakeError: it has no list of `config.num_hidden_layers` layers.
+        MistakeError: its text model has no list of `num_hidden_layers` layers.
     """
-    config, stack = model.config, layer_stack(model)
+    config, stack = text_config(model), layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules = {}
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
     for path, module in model.named_modules():
-        if module._parameters:
+        shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
+        if shapes:
             if is_norm(module) and type(module) not in unit_gains:
                 unit_gains[type(module)] = _has_unit_gain(module)
-            shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
             group = _group(path, module, stack, ends)
             modules[path] = Module(kind_of(module), group, shapes, unit_gains.get(type(module), False))
     return Architecture(
@@ -156,6 +160,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         positions=getattr(config, "max_position_embeddings", None),
         modules=modules,
         tied=dict(model.all_tied_weights_keys),
+        pieces=pieces or {},
     )
 
 
@@ -168,18 +173,24 @@ def empty_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """What of a model's config is about the text: all of it, but for a model of images and text."""
+    return model.config.get_text_config(decoder=True)
+
+
 def layer_stack(model: PreTrainedModel) -> str:
     """Dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
 
     Raises:
-        MistakeError: the model has no list of `config.num_hidden_layers` modules.
+        MistakeError: the text model has no list of `num_hidden_layers` modules.
     """
     from torch import nn
 
-    count = model.config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name
+    count, text = text_config(model).num_hidden_layers, set(model.get_decoder().modules())
+    lists = {n: module for n, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    stacks = [name for name, module in lists.items() if len(module) == count]
+    if stacks:
+        return next((name for name in stacks if lists[name] in text), stacks[0])
     raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
 
 
@@ -218,12 +229,24 @@ def kind_of(module: nn.Module) -> Kind:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        return "linear"
+        return "linear" if type(module).forward is nn.Linear.forward or _gives_a_product(module) else "other"
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "norm" if is_norm(module) else "other"
+
+
+def _gives_a_product(module: nn.Linear) -> bool:
+    """Whether what is derived from Linear gives one tensor [tokens, out], and not the choices of a router."""
+    import torch
+
+    weights = {name: torch.empty_like(values, device="meta") for name, values in module.state_dict().items()}
+    try:
+        found = torch.func.functional_call(module, weights, torch.empty(1, 2, module.in_features, device="meta"))
+    except Exception:  # it does more than a matrix does
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
 
 
 def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
@@ -251,5 +274,5 @@ def _has_unit_gain(norm: nn.Module) -> bool:
             parameter.zero_()
         try:
             return bool(silent(torch.ones(1, 1, len(weight)) + torch.arange(len(weight))).any())
-        except (TypeError, AttributeError):  # gated norms take more than their input
+        except Exception:  # gated norms take more than their input, and what is called a norm may be none
             return False

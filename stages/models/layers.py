@@ -25,13 +25,30 @@ def mlp_width(config: PretrainedConfig) -> int | None:
 
 
 def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D)."""
+    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D).
+
+    Raises:
+        MistakeError: the embedding is among `modules`, and so was named; the sentence begins with the key below
+            `stages.NAME`.
+    """
+    for path in modules:
+        if model.get_submodule(path) is model.get_input_embeddings():
+            raise MistakeError(
+                f"layers names {path}, which is no matrix that an adapter goes beside; name the output layer alone, by"
+                " lm_head: all, or choose full"
+            )
     return [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
 
 
 def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Those of `modules` that are normalisations."""
     return [path for path in modules if is_norm(model.get_submodule(path))]
+
+
+def parameters_of(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Names of the parameters that `modules` have themselves, except what their authors do not train by gradients."""
+    found = {path: model.get_submodule(path).named_parameters(recurse=False) for path in modules}
+    return [f"{path}.{name}" for path, own in found.items() for name, weights in own if weights.requires_grad]
 
 
 def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> list[str]:
@@ -47,5 +64,30 @@ def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> l
             f"method {method!r} (or its init or load_in_4bit) does not go with"
             f" {type(model).__name__}, whose weights are no Linear modules; choose lora, dora, ia3, adalora, bitfit, ln"
             " or full"
+        )
+    return matrices
+
+
+def beside(method: str, model: PreTrainedModel, matrices: list[str]) -> list[str]:
+    """The weight matrices themselves, where PEFT puts a LoRA beside all of them.
+
+    Raises:
+        MistakeError: it does not beside those that the kernels of Mamba read themselves; the sentence begins with the
+            key below `stages.NAME`.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    names, refused = list(dict.fromkeys(path.rpartition(".")[2] for path in matrices)), []
+    for name in names:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        except ValueError:
+            refused.append(name)
+    if refused:
+        others = ", ".join(f"{name}: all" for name in names if name not in refused)
+        raise MistakeError(
+            f"method {method!r} does not go beside {' and '.join(refused)} of {type(model).__name__}, whose kernels"
+            f" read the weight themselves; name the others, such as layers: {{{others}}}, or choose full"
         )
     return matrices

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
@@ -42,8 +42,11 @@ def device() -> torch.device:
 def load_model(checkpoint: Weights, dtype: torch.dtype, place: torch.device | str = "cpu") -> PreTrainedModel:
     """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
     changed, base = checkpoint.changed(), checkpoint.base
-    untied = {"tie_word_embeddings": False} if base.untied_by(changed) else {}
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **untied)
+    config = AutoConfig.from_pretrained(base.folder)
+    if base.untied_by(changed):
+        for each in (config, config.get_text_config(decoder=True)):
+            each.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype=dtype)
     model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
     set_weights(model, checkpoint, changed)
     return model.eval()

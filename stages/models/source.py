@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
 
 from stages.errors import MistakeError
 from stages.files import read_json, sha256
@@ -80,6 +81,26 @@ def _check_hash(settings: Base, files: list[Path]) -> None:
             f"params.yaml: base.sha256 is not that of the weights of {settings.model!r}; if they were meant to change,"
             f" write {found}"
         )
+
+
+def files_of(source: dict[str, Any]) -> Path | None:
+    """Folder with the files that `from_pretrained` has read the model from; None for a .gguf file."""
+    if "gguf_file" in source:
+        return None
+    name, revision = source["pretrained_model_name_or_path"], source.get("revision")
+    return Path(str(cached_file(name, CONFIG_NAME, revision=revision))).parent
+
+
+def whole_config(model: PreTrainedModel, folder: Path) -> PreTrainedConfig:
+    """The config of a folder, with the model's own in the place of that of the text, where the model is the text's."""
+    whole = AutoConfig.from_pretrained(folder)
+    if type(whole) is type(model.config):
+        return model.config
+    for key in whole.sub_configs:
+        if type(getattr(whole, key)) is type(model.config):
+            setattr(whole, key, model.config)
+    whole.dtype = model.config.dtype
+    return whole
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -134,8 +134,12 @@ class Training(Stage, ABC):
         """Take back what `state` gave before the stage was killed; it comes in main memory."""
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        """Write the trained adapter in PEFT's format, without the model card that names this machine's paths."""
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the hub for the parent's config
+        """Write the trained adapter in PEFT's format, without the model card that names this machine's paths.
+
+        Nor has it a copy of the base's embedding or output layer, which PEFT adds where one of them has an adapter, and
+        to know that asks the hub for the parent's config.
+        """
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
 

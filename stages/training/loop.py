@@ -6,6 +6,8 @@ the launcher divides them (`stages.training.shard`).
 """
 
 import math
+import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, placed
+from stages.methods.copies import COPY
 from stages.models.loading import load_tokenizer
 from stages.models.losses import pad, token_losses
 from stages.records.tokens import Example
 from stages.settings.stage import Training
 from stages.training.batches import Source
 from stages.training.prefix import Prefix
-from stages.training.protection import Protection
+from stages.training.protection import PREFIX, Protection
 from stages.training.resume import load_state, random_states, save_state, set_random_states
 from stages.training.surgery import combine
 
@@ -58,7 +61,8 @@ def fit(
     quiet = not accelerator.is_main_process
     bar = tqdm(total=stage.steps, initial=len(curve), desc=title, unit="step", dynamic_ncols=True, disable=quiet)
     while len(curve) < stage.steps and not is_stale(curve, stage.patience):
-        point = training.step([source.batch(len(curve)) for source in sources], len(curve))
+        with placed(f"params.yaml: stages.{title}."):
+            point = training.step([source.batch(len(curve)) for source in sources], len(curve))
         if not math.isfinite(point["loss"]):
             raise MistakeError(
                 f"params.yaml: stages.{title}.lr {stage.lr} made the loss infinite at step {len(curve) + 1}; lower it"
@@ -101,6 +105,7 @@ class Run:
         self.protection = Protection(model, stage.protect) if stage.protect else None
         self.filler = load_tokenizer().pad_token_id
         self.best: dict[str, torch.Tensor] = {}
+        self._is_checked = False
 
     def step(self, groups: list[list[Example]], number: int) -> dict[str, float]:
         """One optimizer step, `number` from 0, on the examples of every source."""
@@ -128,12 +133,33 @@ class Run:
             loss = self.loss(piece) * share / learned
             self.accelerator.backward(loss)
             total += loss.detach()
+        if not self._is_checked:
+            self._tell_unreached()
         if self.accelerator.num_processes > 1:
             for parameter in self.trained.values():
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(found, "sum")
             total = self.accelerator.reduce(total, "sum")
         return float(total)
+
+    def _tell_unreached(self) -> None:
+        """Warn of adapters that no gradient reaches in any layer, since the model goes past them: they stay at zero.
+
+        Raises:
+            MistakeError: one starts from the weight, which it took its start off.
+        """
+        self._is_checked = True
+        reached: dict[str, bool] = {}
+        for name, parameter in self.trained.items():
+            if COPY not in name:  # a weight that a model does not use is no worse for being trained
+                kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(PREFIX).partition(".lora_")[0])
+                reached[kind] = reached.get(kind, False) or parameter.grad is not None
+        if missed := [kind for kind, is_reached in reached.items() if not is_reached]:
+            found = f"{', '.join(missed)} of {self.model.config.model_type} learns nothing by method"
+            found += f" {self.stage.method!r}, for the loss does not depend on what is beside the weight"
+            if getattr(self.stage, "init", "default") != "default":
+                raise MistakeError(f"init starts from the weights, but {found}; remove init, or name others in layers")
+            warnings.warn(found, stacklevel=4)
 
     def apart(self, groups: list[list[Example]]) -> float:
         """Combine the gradient of each source's mean loss by `surgery`; returns the mean loss over all tokens."""

@@ -1,10 +1,14 @@
 """The model that a stage trains: its parent, with the adapter of the stage's method on it."""
 
+import re
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import MistakeError, first_line, placed
@@ -60,11 +64,19 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     config = stage.adapter_config(model, select(model, stage.layers))
     model.name_or_path = str(CHECKPOINTS / stage.parent)  # what PEFT writes down as the base
     try:
-        wrapped = get_peft_model(model, config)
+        # PEFT takes names of experts for those of older transformers and would train other modules, in every layer.
+        with patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"):
+            wanted = {
+                path
+                for path, _ in model.named_modules()
+                if re.fullmatch(str(getattr(config, "target_modules", "")), path)
+            }
+            wrapped = get_peft_model(model, config)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise MistakeError(
             f"method {stage.method!r} is refused by PEFT ({first_line(error)}); change its keys, or choose another"
         ) from None
+    _refuse_others(stage, wrapped, wanted)
     stage.started(wrapped)
     for parameter in wrapped.parameters():
         if not parameter.requires_grad:
@@ -72,3 +84,56 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     if stage.gradient_checkpointing:
         wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     return wrapped.train()
+
+
+def _refuse_others(stage: Training, wrapped: PeftModel, wanted: set[str]) -> None:
+    """Raise a MistakeError unless an adapter is on exactly the modules that the stage names, and trains nothing else.
+
+    What a model reads of a module that has a copy in its place is the copy's from then on.
+    """
+    adapted = set(wrapped.targeted_module_names)
+    for path in adapted:
+        module = wrapped.get_base_model().get_submodule(path)
+        if isinstance(module, LNTuningLayer):
+            module.__class__ = _Copy
+    trained = {name.removeprefix("base_model.model.") for name, p in wrapped.named_parameters() if p.requires_grad}
+    outside = {name for name in trained if not any(name[:end] in adapted for end in _dots(name))}
+    if wrong := sorted((adapted ^ wanted) | outside):
+        raise MistakeError(
+            f"method {stage.method!r} is not put by PEFT on exactly what layers names, but differs in {wrong[0]};"
+            " choose another method"
+        )
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, sign in enumerate(name) if sign == "."]
+
+
+class _Copy(LNTuningLayer):
+    """A copied module, of which a model may ask more than its output for `x`: an epsilon, a child, a weight."""
+
+    @property
+    def _seen(self) -> nn.Module:
+        return self.base_layer if self.disable_adapters or self.merged else self.ln_tuning_layers["default"]
+
+    @property
+    def weight(self) -> Any:
+        """What is trained, and not the frozen weight."""
+        return self._seen.weight
+
+    @property
+    def bias(self) -> Any:
+        """What is trained, and not the frozen bias."""
+        return self._seen.bias
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "ln_tuning_layers"):
+                raise
+            return getattr(self._seen, name)
+
+    def forward(self, *args: Any, **keys: Any) -> Any:
+        """The output of what is trained."""
+        return self._seen(*args, **keys)

@@ -120,12 +120,13 @@ class Protection:
 
 def _keep(model: Any, name: str, parameter: nn.Parameter, remembered: list[dict[str, torch.Tensor]]) -> _Kept:
     is_lora = ".lora_A." in name
-    path = name.partition(".lora_A." if is_lora else ".ln_tuning_layers.")[0]
+    owner = name.rpartition(".")[0]
+    path = name.partition(".lora_A.")[0] if is_lora else owner.replace(".ln_tuning_layers.default", "")
     bases = [bases[path].float() for bases in remembered if path in bases]
     basis = torch.linalg.qr(torch.cat(bases, 1)).Q.to(parameter.device) if bases and parameter.dim() == 2 else None
     if is_lora:  # B·A is the change, so all of A counts, its random start too
         return _Kept(parameter, torch.zeros_like(parameter), basis, transposed=False)
-    is_conv = isinstance(model.get_submodule(f"{PREFIX}{path}").get_base_layer(), Conv1D)
+    is_conv = isinstance(model.get_submodule(f"{PREFIX}{owner}"), Conv1D)
     return _Kept(parameter, parameter.detach().clone(), basis, transposed=is_conv)
 
 

@@ -96,12 +96,14 @@ class Adapter:
     @torch.no_grad()
     def apply(self, path: str, weights: Tensors) -> Tensors:
         """Parameters of module `path` after the merge, given those before it; dtype and shapes are kept."""
-        parts = {part.removeprefix("ln_tuning_layers."): part for part in self._keys[path]}
-        if parts.keys() <= {"weight", "bias"}:
-            return weights | {name: self._read(path, part) for name, part in parts.items()}
-        if self._is_lora and parts.keys() <= LORA:
+        parts = self._keys[path].keys()
+        if self.config["peft_type"] == "LN_TUNING":  # beside a trained output layer PEFT saves the old one
+            return weights | {name: self._read(path, name) for name in parts if not name.startswith("base_layer.")}
+        if parts <= weights.keys():
+            return weights | {name: self._read(path, name) for name in parts}
+        if self._is_lora and parts <= LORA:
             return weights | self._lora(path, weights)
-        if parts.keys() == VERA:
+        if parts == VERA:
             up, down = self._vera(path)
             return weights | {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
         return self._merge_by_peft(path, weights)
@@ -179,7 +181,8 @@ class Adapter:
 
     def _place(self, key: str) -> tuple[str, str]:
         """Module that a tensor of the file belongs to, and the rest of its name."""
-        name = path = key.removeprefix(PREFIX)
+        # LN-tuning copies a module with all that is in it: what it holds has the name of what it takes the place of.
+        name = path = key.removeprefix(PREFIX).replace(".ln_tuning_layers.", ".")
         while path := path.rpartition(".")[0]:
             if path in self.architecture.modules:
                 return path, name.removeprefix(f"{path}.")
@@ -194,7 +197,7 @@ class Adapter:
                 " base biases with base.add_biases, or use an adapter without lora_bias"
             )
         for name, shape in self.architecture.modules[path].parameters.items():
-            wanted: dict[str, list[int | None]] = {name: [*shape], f"ln_tuning_layers.{name}": [*shape]}
+            wanted: dict[str, list[int | None]] = {name: [*shape]}
             if name == "weight" and len(shape) == 2:
                 rows, columns = shape[::-1] if self._is_transposed(path) else shape
                 wanted |= {"lora_A.weight": [None, columns], "lora_B.weight": [rows, None]}

@@ -6,6 +6,7 @@ adapter applied, in float32 whatever the files hold; its delta is the difference
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, read_json, read_record
 from stages.models.architecture import Architecture
+from stages.models.names import Piece, assemble, whole_shape
 from stages.weights.adapter import Adapter, Tensors
-from stages.weights.tensor_file import Specification, TensorFile
+from stages.weights.tensor_file import Specification, TensorFile, size
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -43,13 +45,14 @@ class Checkpoint:
     Args:
         folder: holds config.json and the files of `weight_files`.
         name: what reports call it.
+        like: what it was made of, which saves reading its own architecture; its file has the same names.
 
     Raises:
         MistakeError: it holds no weights, or not all.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name, self.base = folder, name, self
+    def __init__(self, folder: Path, name: str, like: Checkpoint | None = None) -> None:
+        self.folder, self.name, self.base, self._like = folder, name, self, like
         files = [TensorFile(path) for path in weight_files(folder)]
         self._where = {key: file for file in files for key in file}
         if not self._where:
@@ -58,47 +61,72 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         """Every module with its name and shapes."""
-        return Architecture.of(self.folder)
+        return self._like.architecture if self._like else Architecture.of(self.folder)
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
-        """Names of the parameters stored under each module, such as `{"lm_head": ["weight"]}`."""
+        """Names of the parameters stored under each module, such as `{"lm_head": ["weight"]}`.
+
+        They are those in memory; what the file holds beside the model, such as a vision tower, has its name there.
+        """
+        pieces = self.architecture.pieces
+        named = {piece for parts in pieces.values() for piece, _ in parts}
         modules: dict[str, list[str]] = {}
-        for name in sorted(self._where):
+        for name in sorted((self._where.keys() - named) | {name for name in pieces if self._holds(name)}):
             module, _, parameter = name.rpartition(".")
             modules.setdefault(module, []).append(parameter)
         return modules
 
     @cached_property
+    def dtype(self) -> str:
+        """The safetensors dtype of most of its numbers, such as `BF16`."""
+        bytes_of: Counter[str] = Counter()
+        for name, file in self._where.items():
+            bytes_of[file.specification(name)[1]] += size(file.specification(name))
+        return bytes_of.most_common(1)[0][0]
+
+    @cached_property
     def tied(self) -> dict[str, str]:
         """Modules that are not stored because they share a weight, such as `{"lm_head": "model.embed_tokens"}`."""
         pairs = self.architecture.tied.items()
-        return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if head not in self._where}
+        return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if not self._holds(head)}
 
     def untied_by(self, changed: Iterable[str]) -> set[str]:
         """Tied modules that need a weight of their own once these modules change."""
         paths = set(changed)
         return {head for head, source in self.tied.items() if paths & {head, source}}
 
-    def file(self, name: str) -> tuple[TensorFile, str]:
-        """Where a tensor is stored, and under what name: a tied head has the embedding's.
+    def pieces(self, name: str) -> list[Piece]:
+        """Tensors of the file that a parameter is made of, and where in it; a tied head is made of the embedding's.
+
+        Raises:
+            KeyError: the file does not hold it.
+        """
+        if not self._holds(name):
+            name = self.architecture.tied[name]
+        return self.architecture.pieces.get(name, [(name, [])])
+
+    def file(self, piece: str) -> TensorFile:
+        """Where a tensor is stored, by its name in the file.
 
         Raises:
             KeyError: no tensor of that name.
         """
-        if name not in self._where:
-            name = self.architecture.tied[name]
-        return self._where[name], name
+        return self._where[piece]
 
     def stored(self, name: str) -> torch.Tensor:
-        """One tensor as the file holds it."""
-        file, stored = self.file(name)
-        return file.read(stored)
+        """One parameter in the dtype that the file holds it in."""
+        return assemble(self.pieces(name), lambda piece: self._where[piece].read(piece))
 
     def specification(self, name: str) -> Specification:
-        """Shape and safetensors dtype (such as `BF16`) of one tensor, read from the header alone."""
-        file, stored = self.file(name)
-        return file.specification(stored)
+        """Shape and safetensors dtype (such as `BF16`) of one parameter, read from the header alone."""
+        pieces = self.pieces(name)
+        shape, dtype = self._where[pieces[0][0]].specification(pieces[0][0])
+        return whole_shape(shape, pieces), dtype
+
+    def _holds(self, name: str) -> bool:
+        """Whether the file has all pieces of a parameter."""
+        return all(piece in self._where for piece, _ in self.architecture.pieces.get(name, [(name, [])]))
 
     def parameters(self, path: str) -> list[str]:
         """Names of the parameters of module `path`, such as `["weight"]`."""
@@ -197,7 +225,7 @@ def open_model(name: str) -> Checkpoint | VirtualCheckpoint | Shifted:
     if name != "merged":
         return open_checkpoint(name, {})
     if (MERGED / "model.safetensors").exists():
-        return Checkpoint(MERGED, name)
+        return Checkpoint(MERGED, name, open_base())
     if (MERGED / "adapter").exists():
         return VirtualCheckpoint(name, open_base(), MERGED / "adapter")
     return Shifted(name, open_base(), MERGED / "delta.safetensors")

@@ -1,15 +1,36 @@
-"""Losses of every causal language model that transformers knows: against the cross-entropy of its own logits."""
+"""Every causal language model that transformers knows: what is trained is what is merged, and losses are its own."""
 
+import copy
+import shutil
 import signal
 import warnings
+from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stages import base
+from stages.errors import MistakeError
+from stages.files import BASE, CHECKPOINTS, MERGED, publish, write_json
+from stages.merge import write
+from stages.merging.merged import Merged
+from stages.methods import METHODS
+from stages.methods.copies import COPY
+from stages.models.architecture import layer_stack, place
+from stages.models.loading import load_model
 from stages.models.losses import pad, token_losses
+from stages.settings.merge import Merge
+from stages.training.loop import Run
+from stages.training.model import load_parent, put_on
+from stages.weights.checkpoint import open_stages
+from tests.conftest import PARAMS, ROOT, make_tokenizer
 from tests.stages.models.test_losses import whole
 from tests.stages.test_train import make_examples
 
@@ -83,7 +104,7 @@ def build(kind, keys):
     return model.eval()
 
 
-def first_that_runs(kind, batch):
+def first_that_runs(kind, batch, layers=2):
     """A model and the truth about it.
 
     Raises:
@@ -92,7 +113,7 @@ def first_that_runs(kind, batch):
     reasons = []
     for keys in ATTEMPTS:
         try:
-            model = build(kind, keys)
+            model = build(kind, keys | dict.fromkeys(LAYERS, layers))
             return model, whole(model, batch).detach()
         except Exception as error:  # each type has its own ways to refuse a size
             reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0][:120])
@@ -120,3 +141,187 @@ def test_losses_are_those_of_the_models_own_logits():
     assert sum(map(len, ways.values())) >= 150
     assert {"falcon_h1", "recurrent_gemma", "gemma2", "cohere", "granite"} <= set(ways["asked"])
     assert {"llama", "qwen3", "gpt2", "mixtral", "phi3", "mamba"} <= set(ways["chunks"])
+
+
+STAGE = """\
+  sums:
+    parent: base
+    dataset: sums
+    method: {method}
+    layers: 1-2
+    lr: 0.01
+    steps: 2
+merge:
+  method: task_arithmetic
+  weights: {{sums: 1.0}}
+  dtype: float32
+evaluate: {{}}
+warn: {{}}
+"""
+LEARNT = ("lora", "full", "ln")
+
+
+def save_source(model):
+    model.save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    Path("sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 60)
+
+
+def weights_in(wrapped):
+    """Those that a wrapped model computes with, by the names of the model in it."""
+    if wrapped.peft_type != "LN_TUNING":
+        return copy.deepcopy(wrapped).merge_and_unload().state_dict()
+    found = wrapped.get_base_model().state_dict().items()  # PEFT itself merges no copy of a module without a weight
+    return {name.replace(COPY, "."): weights for name, weights in found if ".base_layer." not in name}
+
+
+def follow(method, ids):
+    """Train `method` on layers 1 and 2 of model/, merge it, and hold each step against the model in memory.
+
+    Raises:
+        MistakeError: the base stage or the training refuses it.
+    """
+    for folder in (BASE, CHECKPOINTS / "sums", MERGED):
+        shutil.rmtree(folder, ignore_errors=True)
+    Path("params.yaml").write_text(PARAMS.partition("  words:")[0] + "stages:\n" + STAGE.format(method=method))
+    base.main()
+    stage = METHODS[method](parent="base", dataset="sums", method=method, lr=0.01, steps=2, layers="1-2")
+    torch.manual_seed(0)
+    wrapped = put_on(stage, load_parent(stage, torch.float32), torch.float32)
+    before = {name: weights.clone() for name, weights in wrapped.get_base_model().state_dict().items()}
+    run = Run(wrapped, stage, Accelerator(cpu=True))
+    for step in range(stage.steps):
+        run.step([make_examples(4)], step)
+    with publish(CHECKPOINTS / "sums") as folder:
+        stage.save(wrapped, folder)
+        write_json(folder / "stage.json", {"name": "sums", "parent": "base"})
+    with torch.no_grad():
+        truth = wrapped.eval()(input_ids=ids, use_cache=False).logits
+    trained = weights_in(wrapped)
+    checkpoint, (opened,) = open_stages(["sums"])
+    MERGED.mkdir()
+    write(Merged(checkpoint, [opened], Merge(weights={"sums": 1.0}, dtype="float32")), MERGED, {"format": "pt"})
+    loaded, report = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"], report["missing_keys"]
+    with torch.no_grad():
+        for model in (load_model(opened, torch.float32), loaded.eval()):
+            found = model.state_dict()
+            for name, weights in trained.items():
+                assert torch.allclose(found[name], weights, rtol=0, atol=1e-6), name
+                layer = place(name, layer_stack(model))[0]
+                same = name not in before or torch.equal(found[name], before[name])
+                assert same or layer in (1, 2), f"{name} is not in layers 1 and 2, and changed"
+            assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, rtol=0, atol=1e-4)
+    source, file = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
+    assert source.keys() == file.keys(), f"{sorted(source.keys() ^ file.keys())[:3]} are other names than the base's"
+    assert any(not torch.equal(file[name], source[name]) for name in source), "nothing changed"
+
+
+SOME = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "nemotron_h", "mamba2", "phimoe", "gpt_neox", "olmo_hybrid"]
+REFUSED = {("mamba2", "lora")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SOME)
+def test_what_is_trained_is_what_is_merged(kind):
+    batch = pad(make_examples(4), 0)
+    model, _ = first_that_runs(kind, batch, layers=3)
+    save_source(model)
+    for method in LEARNT:
+        if (kind, method) in REFUSED:
+            with pytest.raises(MistakeError, match=r"does not go beside out_proj of .*, whose kernels read the weight"):
+                follow(method, batch.ids)
+        else:
+            follow(method, batch.ids)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_attention_heads": 4}
+WHOLE = {
+    "qwen3_5": {"vision_config": VISION | {"depth": 2, "out_hidden_size": 32, "num_position_embeddings": 16}},
+    "gemma3": {  # its vision tower has as many layers as its text model
+        "vision_config": VISION | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 120,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WHOLE)
+def test_images_and_text_train_the_text_and_keep_the_rest(kind):
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(kind).get_text_config(decoder=True).to_dict()
+    keys = TINY | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 3}
+    keys |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text = {key: value for key, value in keys.items() if key in known}
+    save_source(AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, text_config=text, **WHOLE[kind])))
+    ids = torch.arange(1, 20)[None]
+    for method in LEARNT:
+        follow(method, ids)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            MERGED, dtype=torch.float32, output_loading_info=True
+        )
+        assert type(model).__name__.endswith("ForConditionalGeneration") and not report["missing_keys"]
+        with torch.no_grad():
+            part = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32)
+            assert torch.equal(model.eval()(input_ids=ids).logits, part.eval()(input_ids=ids).logits)
+        before, after = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
+        assert all(torch.equal(after[name], before[name]) for name in before if ".vis" in name)
+
+
+UNRESOLVED = {("recurrent_gemma", "full")}  # it keeps a state between batches, and with it what backward has freed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_type_is_exact_or_refused():
+    batch = pad(make_examples(4), 0)
+    found = {kind: outcomes(kind, batch) for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    made = {kind: told for kind, told in found.items() if "not made" not in told[0]}
+    wrong = {kind: told for kind, told in made.items() if any(each.startswith("wrong") for each in told)}
+    assert not wrong
+    counts = Counter(each == "exact" for told in made.values() for each in told)
+    assert counts[True] >= 0.9 * counts.total()
+    page = write_page(found)
+    Path("architectures.md").write_text(page)
+    same = (ROOT / "docs/architectures.md").read_text() == page
+    assert same, f"docs/architectures.md is old; {Path('architectures.md').resolve()} is as it should be"
+
+
+def outcomes(kind, batch):
+    """What becomes of each method on a type: `exact`, or why not."""
+    try:
+        with time_limit():
+            model, _ = first_that_runs(kind, batch, layers=3)
+            save_source(model)
+    except (LateError, RuntimeError) as error:
+        return [f"not made here: {str(error)[:80]}"]
+    return [outcome(kind, method, batch.ids) for method in LEARNT]
+
+
+def outcome(kind, method, ids):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with time_limit():
+            follow(method, ids)
+    except MistakeError as error:
+        return f"refused: {error}"
+    except LateError:
+        return "too slow here"
+    except Exception as error:
+        return "does not train" if (kind, method) in UNRESOLVED else f"wrong: {error!r}"
+    return "exact"
+
+
+def write_page(found):
+    exact = [kind for kind, told in found.items() if told == ["exact"] * len(LEARNT)]
+    rows = [f"| {kind} | {' | '.join((told * 3)[:3])} |" for kind, told in found.items() if kind not in exact]
+    return (
+        "# Architectures\n\n"
+        "Made by `pytest tests/stages/models/test_every_architecture.py`: for every causal language model type of"
+        " transformers a tiny random\nmodel is taken as base, trained on two of its three layers, saved, merged and"
+        " loaded by plain transformers. `exact`: its\nweights and logits are those of the trained model in memory,"
+        " nothing else moved, and the file has the names of the base's.\n\n"
+        f"{len(exact)} of {len(found)} types are exact with `lora`, `full` and `ln`: {', '.join(exact)}.\n\n"
+        "| the others | `lora` | `full` | `ln` |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )

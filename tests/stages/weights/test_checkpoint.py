@@ -174,7 +174,9 @@ def test_a_truncated_or_hostile_file_is_refused_in_one_sentence(workspace, conte
 def test_pieces_are_the_tensor(monkeypatch):
     monkeypatch.setattr("stages.weights.tensor_file.PIECE", 64)
     make_base("llama-untied", torch.bfloat16)
-    file, name = Checkpoint(BASE, "base").file("lm_head.weight")
+    base = Checkpoint(BASE, "base")
+    ((name, _),) = base.pieces("lm_head.weight")
+    file = base.file(name)
     assert torch.equal(torch.cat(list(file.pieces(name))), file.read(name).flatten())
     assert torch.equal(file.read(name), load_file(BASE / "model.safetensors")[name])
 
