@@ -16,27 +16,28 @@ import torch
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, read_json, read_record
 from stages.models.architecture import Architecture
-from stages.models.names import Piece, assemble, whole_shape
+from stages.models.names import REST, Piece, assemble, whole_shape
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile, size
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads of a model's folder: one, or those that its index names.
+    """The safetensors files of a model's folder: one, or those that its index names, and what is beside its text model.
 
     Raises:
         MistakeError: the index does not name files of this folder.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    rest = [folder / REST] if (folder / REST).exists() else []
     if whole.exists() or not index.exists():
-        return [whole] if whole.exists() else []
+        return [whole, *rest] if whole.exists() else []
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise MistakeError(f"{index} does not name files of its folder; download the model again") from None
-    return [folder / name for name in names]
+    return [*(folder / name for name in names), *rest]
 
 
 class Checkpoint:

@@ -61,7 +61,9 @@ def test_files_that_transformers_does_not_load_are_not_read(shards):
 def test_an_index_that_is_none_or_leads_out_of_its_folder_is_one_sentence(index):
     make_base(shards=True)
     (BASE / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(MistakeError, match=r"index.json does not name files of its folder; download the model again"):
+    with pytest.raises(
+        MistakeError, match=r"index.json (does not name files of its folder; download|is not valid JSON)"
+    ):
         Checkpoint(BASE, "base")
 
 
