@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,10 +113,12 @@ class Repro:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            with contextlib.suppress(BaseException):  # what went wrong is in the log
+            try:
                 Told(writing).repro()
-                os._exit(0)
-            os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         os.close(writing)
         self.starts = os.fdopen(reading)
         self.dvc = psutil.Process(self.pid)
@@ -173,7 +176,7 @@ def strike(kind: str, dvc: psutil.Process) -> None:
         case "terminate":
             kill(dvc, *stage, by=signal.SIGTERM)
         case "full disk":
-            limit(resource.RLIMIT_FSIZE, lambda _: 1 << 12, [dvc, *stage])
+            limit(resource.RLIMIT_FSIZE, lambda _: 1 << 12, stage)  # dvc itself would leave half a dvc.lock
         case "no memory":
             limit(resource.RLIMIT_AS, lambda process: process.memory_info().vms + (1 << 20), stage)
         case "read-only":
