@@ -73,8 +73,12 @@ def main() -> None:
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if found := files_of(source):
-            keep_the_rest(model, found, folder)
+        with placed("params.yaml: base.model: "):
+            if found := files_of(source):
+                keep_the_rest(model, found, folder)
+            pieces = pieces_of(model, shapes_in(folder))
+            refuse_lost(model, folder, pieces)
+        dataclasses.replace(architecture, pieces=pieces).write(folder)
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
@@ -89,10 +93,6 @@ def main() -> None:
             "layers": architecture.layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
-        with placed("params.yaml: base.model: "):
-            pieces = pieces_of(model, shapes_in(folder))
-            refuse_lost(model, folder, pieces)
-        dataclasses.replace(architecture, pieces=pieces).write(folder)
         write_json(folder / "stage.json", record)
     refuse_chats(params)
 
@@ -100,7 +100,8 @@ def main() -> None:
 def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
     carry_over(model, source, folder)
-    whole_config(model, source).save_pretrained(folder)
+    if (whole := whole_config(model, source)) is not model.config:
+        whole.save_pretrained(folder)
     for path in source.glob("*processor_config.json"):
         shutil.copy(path, folder)
 

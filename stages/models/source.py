@@ -94,11 +94,10 @@ def files_of(source: dict[str, Any]) -> Path | None:
 def whole_config(model: PreTrainedModel, folder: Path) -> PreTrainedConfig:
     """The config of a folder, with the model's own in the place of that of the text, where the model is the text's."""
     whole = AutoConfig.from_pretrained(folder)
-    if type(whole) is type(model.config):
+    texts = [key for key in whole.sub_configs if type(getattr(whole, key)) is type(model.config)]
+    if not texts:
         return model.config
-    for key in whole.sub_configs:
-        if type(getattr(whole, key)) is type(model.config):
-            setattr(whole, key, model.config)
+    setattr(whole, texts[0], model.config)
     whole.dtype = model.config.dtype
     return whole
 
