@@ -1,7 +1,7 @@
 """Files as people may have them, by mistake or malice: a result or one sentence, and never a traceback, foreign code,
 or a file outside the outputs.
 
-Each property is tried on a few inputs here, and all of them together on 10,000 among the slow tests.
+Each property is tried on a few inputs here, and all of them together on 10,000 with `-m exhaustive`.
 """
 
 import copy
@@ -32,7 +32,9 @@ from stages.records.sources import SOURCES
 from stages.weights.tensor_file import TensorFile
 from tests.conftest import PARAMS, make_base
 
-EXAMPLES = pytest.mark.parametrize("examples", [25, pytest.param(2500, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize(
+    "examples", [25, pytest.param(2500, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+)
 CLASSES = [Params, *METHODS.values(), *SOURCES.values(), *(f.annotation for f in Params.model_fields.values())]
 KEYS = sorted({key for each in CLASSES for key in getattr(each, "model_fields", {})})
 WORDS = [

@@ -273,6 +273,7 @@ UNRESOLVED = {("recurrent_gemma", "full")}  # it keeps a state between batches, 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_every_type_is_exact_or_refused():
     batch = pad(make_examples(4), 0)
