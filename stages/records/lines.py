@@ -53,8 +53,11 @@ class Lines(Sequence[Record]):
 
 
 def parse(text: str | bytes) -> Any:
-    """What JSON says; a ValueError where it says a key twice, of which Python would take the last."""
-    return json.loads(text, object_pairs_hook=_mapping)
+    """What JSON says; a ValueError where it is nested too deep, or says a key twice, of which Python takes the last."""
+    try:
+        return json.loads(text, object_pairs_hook=_mapping)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ text or a message, its end-of-text token or the end of its turn, has its weight.
 """
 
 import json
+import sys
 from datetime import date, time, timedelta
 from decimal import Decimal
-from math import isfinite
 from typing import Any
 
 from stages.errors import MistakeError
@@ -210,7 +210,7 @@ def _check_weights(owner: Record, text: str, where: str) -> None:
 
 
 def _is_weight(value: object) -> bool:
-    return value is None or (type(value) in (int, float) and isfinite(value))  # type: ignore[arg-type]
+    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)  # type: ignore[arg-type]
 
 
 def _is_span(span: object, length: int) -> bool:

@@ -70,7 +70,7 @@ def as_json(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise MistakeError(f"{where} is text that is not JSON; write a list or mapping, or JSON of one") from None
 
 

@@ -1,6 +1,6 @@
 """The section `merge` of params.yaml."""
 
-from math import isfinite
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -10,6 +10,7 @@ from stages.settings.section import Settings
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+LARGEST = sys.float_info.max  # a whole number may be larger
 SHAPES = "a number, a list of numbers from the first layer to the last, or a list of filter and value"
 
 
@@ -21,7 +22,7 @@ def _values(setting: Any) -> list[Any]:
     )
     values = [part["value"] for part in parts] if filtered else parts
     flat = [value for item in values for value in (item if isinstance(item, list) and filtered else [item])]
-    if not flat or not all(isinstance(value, int | float) and isfinite(value) for value in flat):
+    if not flat or not all(isinstance(value, int | float) and abs(value) <= LARGEST for value in flat):
         raise ValueError(SHAPES)
     return flat
 
