@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from stages.models.architecture import exactly
-from stages.models.layers import beside, linear_modules, plain_matrices
+from stages.models.layers import all_in_modules, beside, linear_modules, lone_matrices, plain_matrices
 from stages.settings.stage import Share, Training
 
 if TYPE_CHECKING:
@@ -39,11 +39,15 @@ class LowRank(Training):
     _start: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
-        """Adapt each weight matrix among `modules`."""
+        """Adapt each weight matrix among `modules`, those of experts and routers as parameters."""
         from peft import LoraConfig
 
         is_plain = self.init == "olora" or self.load_in_4bit
         matrices = plain_matrices(self.method, model, modules) if is_plain else linear_modules(model, modules)
+        parameters = lone_matrices(model, modules)
+        if parameters and (self.use_dora or self.dropout or self.init != "default"):
+            all_in_modules(f"{self.method!r} (or its dropout or init)", model, modules)
+        targets = beside(self.method, model, matrices)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -52,7 +56,8 @@ class LowRank(Training):
             use_dora=self.use_dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" else self.init,
-            target_modules=exactly(beside(self.method, model, matrices)),
+            target_modules=exactly(targets) if targets or not parameters else [],
+            target_parameters=parameters or None,
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 
