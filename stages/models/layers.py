@@ -50,9 +50,9 @@ def all_in_modules(method: str, model: PreTrainedModel, modules: list[str]) -> l
     """The weight matrices among `modules`, none of which is a parameter of experts or of their router.
 
     Args:
-        method: what goes beside modules alone, as a sentence calls it.
-        model: that has them.
-        modules: what `layers` names.
+        method: as a sentence calls it.
+        model: the base or the parent.
+        modules: those in the stage's layers.
 
     Raises:
         MistakeError: some are; the sentence begins with the key below `stages.NAME`.
@@ -60,12 +60,11 @@ def all_in_modules(method: str, model: PreTrainedModel, modules: list[str]) -> l
     matrices = linear_modules(model, modules)
     if lone := lone_matrices(model, modules):
         names = list(dict.fromkeys(path.rpartition(".")[2] for path in matrices))
-        others = (
-            f"name the others, such as layers: {{{', '.join(f'{name}: all' for name in names)}}}, " if names else ""
-        )
+        ranges = ", ".join(f"{name}: all" for name in names)
+        others = f"name the others, such as layers: {{{ranges}}}, " if names else ""
         raise MistakeError(
-            f"method {method} goes beside modules, and {lone[0]} of {type(model).__name__} is in none, as PEFT sees it;"
-            f" {others}or choose lora without dropout, init and load_in_4bit, or full"
+            f"method {method} does not go beside experts and routers of {type(model).__name__}, whose {lone[0]} is in"
+            f" no Linear; {others}or choose lora without dropout, init and load_in_4bit, or full"
         )
     return matrices
 

@@ -84,8 +84,8 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
 
 def _wanted(model: nn.Module, config: PeftConfig) -> set[str]:
     """Names of the modules, and of the parameters of no module, that a configuration names."""
-    pattern = config.target_modules if isinstance(config.target_modules, str) else ""  # type: ignore[attr-defined]
-    paths = {path for path, _ in model.named_modules() if re.fullmatch(pattern, path)}
+    pattern = getattr(config, "target_modules", None)  # a list is one of no modules
+    paths = {path for path, _ in model.named_modules() if isinstance(pattern, str) and re.fullmatch(pattern, path)}
     return paths | set(getattr(config, "target_parameters", None) or [])
 
 

@@ -16,7 +16,7 @@ from stages.files import ADAPTER, BASE, read_json, sha256, write_json
 from stages.training.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
-from tests.conftest import PARAMS, make_base, make_outside
+from tests.conftest import MIXTURES, PARAMS, make_base, make_outside
 from tests.stages.training.test_loop import run_train
 
 CONFIGS = {
@@ -47,6 +47,25 @@ CONFIGS = {
     "biases of its modules": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="lora_only"),
     "a bias of LoRA's own": LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True),
     "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
+}
+PARAMETERS = {  # of mixtures of experts
+    "experts alone": {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"],
+        "r": 3,
+    },
+    "one parameter, rsLoRA": {
+        "target_parameters": ["experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "use_rslora": True,
+    },
+    "router, patterns": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["gate.weight", "1.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj"],
+        "r": 4,
+        "rank_pattern": {"gate_up_proj": 2, "v_proj": 3},
+        "alpha_pattern": {"mlp.experts.gate_up_proj": 5, "gate.weight": 3, "router.weight": 3},
+    },
 }
 BIASES = {"all biases": "qwen2", "biases of its modules": "qwen2", "a bias of LoRA's own": "qwen2"}  # bases with some
 KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
@@ -104,7 +123,7 @@ VALUES = [  # of keys, each for all types that have them
     {"use_idwt": False, "wavelet_family": "db4"},
 ]
 ALWAYS = {"peft_type", "target_modules"}
-BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora"}
+BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora", "target_parameters"}
 BY_SENTENCE = {"proportional_parameters"}  # PEFT's own merge of one module does not go with it
 
 
@@ -162,6 +181,23 @@ def test_an_imported_adapter_is_pefts_merge_bit_for_bit(outside, config):
     truth = by_peft()
     imported()
     assert_stage_is(truth)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("config", PARAMETERS)
+def test_an_imported_adapter_of_experts_is_pefts_merge_bit_for_bit(outside, config, architecture):
+    router = "router" if architecture == "gpt_oss" else "gate"
+    keys = {key: named(value, router) for key, value in PARAMETERS[config].items()}
+    outside(LoraConfig(**keys), architecture)
+    truth = by_peft()
+    imported()
+    assert_stage_is(truth)
+
+
+def named(value, router):
+    """A setting with the name that the model has for its router."""
+    parts = value if isinstance(value, list) else []
+    return [part.replace("gate.", f"{router}.") for part in parts] if parts else value
 
 
 @pytest.mark.slow
