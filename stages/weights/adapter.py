@@ -88,6 +88,20 @@ class Adapter:
             down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
+    def parameter_factors(self, path: str, name: str) -> Factors | None:
+        """The delta of a parameter that the adapter is beside, as left @ right, float32; None for every other.
+
+        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
+        """
+        if name not in self._targets.get(path, []):
+            return None
+        down, up = (self._read(path, f"{name}.lora_{side}.weight") for side in "AB")
+        up *= self._scaling(path, name)
+        if (experts := _experts(self.architecture.modules[path].parameters[name])) == 1:
+            return up, down
+        down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts).permute(2, 0, 1)
+        return (down.mT, up.mT) if self._has_transposed_experts(path) else (up, down)
+
     def rank(self, path: str) -> int | None:
         """Rank of the LoRA, DoRA or VeRA of a weight matrix, None for every other adapter."""
         if VERA & set(self._keys[path]):
@@ -142,7 +156,7 @@ class Adapter:
             delta = up @ down
         else:
             down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts)
-            shape = "eio" if self.architecture.modules[path].kind == "transposed_experts" else "eoi"
+            shape = "eio" if self._has_transposed_experts(path) else "eoi"
             delta = torch.einsum(f"ore,eri->{shape}", up, down)
         return weight + delta.mul_(self._scaling(path, name))
 
@@ -241,7 +255,7 @@ class Adapter:
                 wanted |= {"vera_lambda_b": [rows]}
                 wanted |= {"lora_embedding_A": [None, rows], "lora_embedding_B": [columns, None]}
             if name in self._targets.get(path, []):
-                is_transposed = self.architecture.modules[path].kind == "transposed_experts" and len(shape) == 3
+                is_transposed = len(shape) == 3 and self._has_transposed_experts(path)
                 rows, columns = shape[-2:][::-1] if is_transposed else shape[-2:]
                 wanted |= {f"{name}.lora_A.weight": [None, columns], f"{name}.lora_B.weight": [rows, None]}
             for part in found.keys() & wanted.keys():
@@ -257,6 +271,10 @@ class Adapter:
     def _is_transposed(self, path: str) -> bool:
         """Whether the weight is [in, out]; what the module is decides, as it does in PEFT, and not the config."""
         return self.architecture.is_transposed(path)
+
+    def _has_transposed_experts(self, path: str) -> bool:
+        """Whether parameters of experts are [experts, in, out]."""
+        return self.architecture.modules[path].kind == "transposed_experts"
 
     def _shape(self, path: str) -> list[int]:
         """[out, in] of a weight matrix."""
