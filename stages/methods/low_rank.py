@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stages.models.architecture import exactly
+from stages.models.architecture import describe, exactly
 from stages.models.layers import all_in_modules, beside, linear_modules, lone_matrices, plain_matrices
 from stages.settings.stage import Share, Training
 
@@ -37,6 +37,7 @@ class LowRank(Training):
     """Hold the frozen matrices in four bits while training (QLoRA); needs `uv sync --extra four-bit`."""
 
     _start: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _mistaken: list[str] = PrivateAttr(default_factory=list)
 
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
         """Adapt each weight matrix among `modules`, those of experts and routers as parameters."""
@@ -47,7 +48,8 @@ class LowRank(Training):
         parameters = lone_matrices(model, modules)
         if parameters and (self.use_dora or self.dropout or self.init != "default"):
             all_in_modules(f"{self.method!r} (or its dropout or init)", model, modules)
-        targets = beside(self.method, model, matrices)
+        targets, architecture = beside(self.method, model, matrices), describe(model)
+        self._mistaken = [path for path in targets if architecture.is_mistaken(path)]
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -71,6 +73,19 @@ class LowRank(Training):
         super().save(model, folder)
         if self.init != "default":
             _subtract_start(folder, self._start)
+        if self._mistaken and not self.use_dora:
+            _name_weights(folder, self._mistaken, model.targeted_module_names)
+
+
+def _name_weights(folder: Path, mistaken: list[str], modules: list[str]) -> None:
+    """Tell PEFT by the parameters what it would take for other modules; the adapter's tensors have the same names."""
+    from stages.files import read_json, write_json
+
+    path = folder / "adapter_config.json"
+    config, others = read_json(path), sorted(set(modules) - set(mistaken))
+    parameters = [*(config["target_parameters"] or []), *(f"{each}.weight" for each in mistaken)]
+    config |= {"target_modules": exactly(others) if others else [], "target_parameters": parameters}
+    write_json(path, config | {"lora_dropout": 0.0})  # PEFT has none for parameters, and only training has any
 
 
 def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:

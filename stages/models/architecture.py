@@ -33,6 +33,7 @@ IN_MLP = ("mlp", "experts", "router")  # groups that `mlp` names
 # Parts of the names of modules that make them one of the group.
 SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
 EXPERTS = {"experts", *SHARED}
+OLD_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}  # what experts once were, and PEFT renames
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 
@@ -112,6 +113,11 @@ class Architecture:
     def is_stack(self, path: str) -> bool:
         """Whether a module has the matrices of several experts as one parameter."""
         return path in self.modules and self.modules[path].kind in STACKS
+
+    def is_mistaken(self, path: str) -> bool:
+        """Whether PEFT would take a matrix for one of the fused experts, by its name, and adapt all of them instead."""
+        is_named_so = self.is_matrix(path) and path.rpartition(".")[2] in OLD_NAMES
+        return is_named_so and any(module.kind in STACKS for module in self.modules.values())
 
     def lone_matrices(self, path: str) -> list[str]:
         """Names of the parameters of a module that are matrices of experts or of their router, and are in no Linear."""

@@ -216,6 +216,10 @@ def _fix_of_name(key: str) -> str:
         return "rename kohya's lora_down to lora_A and lora_up to lora_B, and write its alpha as lora_alpha"
     if re.search(r"\.lora_[ab]\b", key):
         return "MLX's lora_a and lora_b are PEFT's lora_A.weight and lora_B.weight transposed, so convert it"
+    if re.search(r"\.experts\.\d+\.", key):
+        return (
+            "transformers now has all experts of a layer as one, so load the adapter on this base by PEFT and save it"
+        )
     return FIX
 
 

@@ -214,12 +214,16 @@ class Adapter:
 
     def _targeted(self) -> dict[str, list[str]]:
         """Parameters that the adapter is beside, and not beside their module, by module; suffixes name them."""
-        targets = tuple(f".{target}" for target in self.config.get("target_parameters") or [])
         found = {
-            path: [name for name in module.parameters if f".{path}.{name}".endswith(targets)]
+            path: [name for name in module.parameters if self._is_target(f"{path}.{name}")]
             for path, module in self.architecture.modules.items()
+            if module.kind != "linear"  # beside the weight or beside the module is the same
         }
         return {path: names for path, names in found.items() if names}
+
+    def _is_target(self, name: str) -> bool:
+        """Whether `target_parameters` names a parameter."""
+        return f".{name}".endswith(tuple(f".{target}" for target in self.config.get("target_parameters") or []))
 
     def _place(self, key: str) -> tuple[str, str]:
         """Module that a tensor of the file belongs to, and the rest of its name."""
@@ -283,7 +287,7 @@ class Adapter:
 
     def _scaling(self, path: str, parameter: str = "") -> float:
         """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds, for each expert."""
-        target, experts = path, 1
+        target, experts = f"{path}.weight" if self._is_target(f"{path}.weight") else path, 1
         part = "lora_embedding_A" if "lora_embedding_A" in self._keys[path] else "lora_A.weight"
         if parameter:
             target, part = f"{path}.{parameter}", f"{parameter}.{part}"

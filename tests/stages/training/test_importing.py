@@ -46,6 +46,14 @@ CONFIGS = {
     "all biases": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="all"),
     "biases of its modules": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="lora_only"),
     "a bias of LoRA's own": LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True),
+    "weights of modules as parameters": LoraConfig(
+        target_modules=["q_proj"],
+        target_parameters=["mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"],
+        r=3,
+        rank_pattern={"up_proj.weight": 2},
+        alpha_pattern={"mlp.up_proj.weight": 5},
+    ),
+    "weights of Conv1D as parameters": LoraConfig(target_modules=[], target_parameters=["c_fc.weight"], r=3),
     "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
 }
 PARAMETERS = {  # of mixtures of experts
@@ -67,7 +75,10 @@ PARAMETERS = {  # of mixtures of experts
         "alpha_pattern": {"mlp.experts.gate_up_proj": 5, "gate.weight": 3, "router.weight": 3},
     },
 }
-BIASES = {"all biases": "qwen2", "biases of its modules": "qwen2", "a bias of LoRA's own": "qwen2"}  # bases with some
+BASES = {
+    **dict.fromkeys(("all biases", "biases of its modules", "a bias of LoRA's own"), "qwen2"),  # it has some
+    "weights of Conv1D as parameters": "gpt2",
+}
 KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
 KEYS = {  # that a type of PEFT needs, or that make it small
     "ADALORA": {"total_step": 10},
@@ -177,7 +188,7 @@ def outside(workspace):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_imported_adapter_is_pefts_merge_bit_for_bit(outside, config):
-    outside(CONFIGS[config], BIASES.get(config, "llama-untied"))
+    outside(CONFIGS[config], BASES.get(config, "llama-untied"))
     truth = by_peft()
     imported()
     assert_stage_is(truth)
@@ -351,6 +362,11 @@ def pickled():
             renamed("layers.3", "layers.9"),
             "",
             "belongs to no module of the base; use an adapter that was trained on this base",
+        ),
+        (
+            renamed("self_attn.q_proj", "mlp.experts.0.w1"),
+            "",
+            "all experts of a layer as one, so load the adapter on this",
         ),
         (renamed("lora_A", "lora_down"), "", "rename kohya's lora_down to lora_A"),
         (renamed("lora_A.weight", "lora_a"), "", "MLX's lora_a and lora_b are PEFT's"),

@@ -5,12 +5,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from stages.errors import MistakeError
-from stages.files import BASE
+from stages.files import BASE, CHECKPOINTS, publish, write_json
+from stages.merge import write
+from stages.merging.merged import Merged
 from stages.methods import METHODS
+from stages.settings.merge import Merge
 from stages.training.loop import Run
 from stages.training.model import put_on
+from stages.weights.checkpoint import open_stages
 from tests.conftest import make_tokenizer
 from tests.stages.models.test_every_architecture import TINY, build
 from tests.stages.test_train import make_examples
@@ -81,6 +87,32 @@ def test_experts_and_routers_are_trained_as_parameters_of_no_module(workspace, l
     run.step([make_examples(4)], 0)
     moved = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".lora_B." in name}  # A moves once B is no longer zero
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keys", [{}, {"rslora": True}, {"layers": {"shared_experts": "1"}, "dropout": 0.1}], ids=str)
+def test_peft_by_itself_takes_shared_experts_for_what_they_are(workspace, keys):
+    stage, wrapped = put("glm4_moe", **{"layers": "0-1"} | keys)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    with publish(CHECKPOINTS / "one") as folder:
+        stage.save(wrapped, folder)
+        write_json(folder / "stage.json", {"name": "one", "parent": "base"})
+    write_json(BASE / "stage.json", {"name": "base", "model": "model", "revision": None})
+    truth = wrapped.merge_and_unload().state_dict()
+
+    base, (opened,) = open_stages(["one"])
+    assert opened.adapter.is_low_rank("model.layers.1.mlp.shared_experts.up_proj")
+    write(Merged(base, [opened], Merge(weights={"one": 1.0}, outputs=["adapter"])), workspace, {"format": "pt"})
+    for folder, near in ((CHECKPOINTS / "one", 0), (workspace / "adapter", 1e-6)):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), folder).merge_and_unload()
+        for name, weights in loaded.state_dict().items():
+            assert torch.allclose(weights, truth[name], rtol=0, atol=near), f"{name} in {folder}"
+    for path in base.modules:
+        for name, weights in opened.module(path).items():
+            assert torch.equal(weights, truth[f"{path}.{name}"])
 
 
 @pytest.mark.filterwarnings("ignore")
