@@ -20,14 +20,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from stages.files import BASE, CHECKPOINTS, publish, sha256, write_json
@@ -79,6 +87,18 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON | EXPERTS)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(head_dim=8, moe_intermediate_size=16, mlp_only_layers=[3], **COMMON | EXPERTS)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**COMMON | {"num_experts": 4, "num_experts_per_tok": 2})),
+    # Its experts are [in, out], and square as those of the published models, so that no shape tells.
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(head_dim=8, **COMMON | EXPERTS | {"intermediate_size": 32})),
+}
+
+
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test runs in an empty folder of its own, away from the repository's outputs."""
@@ -111,7 +131,7 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
 def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
     """Save a random model as checkpoints/base, in several files if `shards`."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[architecture]().to(dtype)
+    model = (ARCHITECTURES | MIXTURES)[architecture]().to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # gains of exactly 1 and biases of 0 would hide mistakes

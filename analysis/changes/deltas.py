@@ -50,7 +50,11 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
                 exact=merged[parameter],
                 file=file.stored(name),
                 deltas={stage: delta for stage, delta in own.items() if bool(delta.any())},
-                factors=factors,
+                factors={
+                    stage.name: factors[stage.name] or stage.adapter.parameter_factors(path, parameter)
+                    for stage in adapted
+                },
+                is_stack=base.architecture.is_stack(path) and len(base.specification(name)[0]) == 3,
             )
             measuring.add(tensor)
     return Measured(
@@ -84,6 +88,7 @@ class _Tensor:
         file: as the merged file has it.
         deltas: of the stages that change it, float32.
         factors: low-rank factors of the deltas, None where one has none.
+        is_stack: whether it is the matrices of several experts.
     """
 
     where: Where
@@ -93,6 +98,7 @@ class _Tensor:
     file: torch.Tensor
     deltas: dict[str, torch.Tensor]
     factors: dict[str, Factors | None]
+    is_stack: bool
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -146,7 +152,7 @@ class _Measuring:
         for name, delta in deltas.items():
             change = tensor.change(name, delta)
             row = self.tally.add_row(name, tensor.where, change)
-            if name in directions:
+            if name in directions or (tensor.is_stack and name != MERGED):
                 row |= spectrum(delta, tensor.factors.get(name))
             if base:
                 row["intruders"] = base.intruders(change.exact, written[name])

@@ -37,10 +37,17 @@ def effective_rank(values: torch.Tensor) -> float:
 def spectrum(delta: torch.Tensor, factors: Factors | None = None) -> dict[str, float]:
     """How strong a weight delta is and how many directions it uses: the columns SPECTRUM of `Measured.rows`.
 
+    An expert is a matrix of its own: of a stack of them the strongest is told, and else the mean over those changed.
+
     Args:
-        delta: [out, in], not zero.
-        factors: as in `singular_values`.
+        delta: [out, in] or [experts, out, in], not zero.
+        factors: as in `singular_values`, of a stack [experts, out, r] and [experts, r, in].
     """
+    if delta.dim() == 3:
+        pairs = zip(*factors, strict=True) if factors else [None] * len(delta)
+        each = [spectrum(one, pair) for one, pair in zip(delta, pairs, strict=True) if one.any()]
+        means = {key: sum(found[key] for found in each) / len(each) for key in each[0]}
+        return means | {"spectral_norm": max(found["spectral_norm"] for found in each)}
     values = singular_values(delta, factors)
     return {
         "spectral_norm": float(values[0]),

@@ -170,8 +170,9 @@ def _direction_rows(facts: Facts) -> list[dict[str, Any]]:
                 "strongest": f"{strongest['module']} of layer {strongest['layer']}",
                 "norm": strongest["spectral_norm"],
             }
-        rows.append(row)
-    return [row for row in rows if row["tested"]]
+        if row["tested"] or own.loc[own["layer"] != OUTSIDE, "effective_rank"].notna().any():
+            rows.append(row)
+    return rows
 
 
 def _moved_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -139,9 +139,9 @@ class Merged:
         """Rank of an adapter that holds the merged weight matrix of `path`; None where it is saved as a whole.
 
         It is `merge.adapter.rank`, else the sum of the stages' ranks and a little more; whole are modules that are
-        no weight matrices, and those of which a stage trained every weight.
+        no weight matrices or that PEFT would take for others, and those of which a stage trained every weight.
         """
-        if not self.base.architecture.is_matrix(path):
+        if not self.base.architecture.is_matrix(path) or self.base.architecture.is_mistaken(path):
             return None
         ranks = [stage.adapter.rank(path) for stage in self.stages if path in stage.adapter.modules]
         total = sum(rank for rank in ranks if rank) + SPARE if ranks and all(ranks) else None

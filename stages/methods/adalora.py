@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from stages.models.architecture import exactly
-from stages.models.layers import beside, linear_modules
+from stages.models.layers import all_in_modules, beside
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class AdaLora(Training):
             total_step=self.steps,
             tinit=self.steps // 10,
             tfinal=self.steps // 3,
-            target_modules=exactly(beside(self.method, model, linear_modules(model, modules))),
+            target_modules=exactly(beside(self.method, model, all_in_modules(repr(self.method), model, modules))),
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 

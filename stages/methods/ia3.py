@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stages.models.architecture import exactly
-from stages.models.layers import linear_modules
+from stages.models.layers import all_in_modules
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class IA3(Training):
         """Scale the weight matrices among `modules`; those that end an MLP by their inputs, as the paper does."""
         from peft import IA3Config
 
-        matrices = linear_modules(model, modules)
+        matrices = all_in_modules(repr(self.method), model, modules)
         ends = [path for path in matrices if path.endswith(("down_proj", "mlp.c_proj", "fc2"))]
         return IA3Config(
             task_type="CAUSAL_LM",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stages.models.architecture import exactly
-from stages.models.layers import beside, linear_modules, plain_matrices
+from stages.models.architecture import describe, exactly
+from stages.models.layers import all_in_modules, beside, linear_modules, lone_matrices, plain_matrices
 from stages.settings.stage import Share, Training
 
 if TYPE_CHECKING:
@@ -37,13 +37,19 @@ class LowRank(Training):
     """Hold the frozen matrices in four bits while training (QLoRA); needs `uv sync --extra four-bit`."""
 
     _start: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _mistaken: list[str] = PrivateAttr(default_factory=list)
 
     def adapter_config(self, model: PreTrainedModel, modules: list[str]) -> LoraConfig:
-        """Adapt each weight matrix among `modules`."""
+        """Adapt each weight matrix among `modules`, those of experts and routers as parameters."""
         from peft import LoraConfig
 
         is_plain = self.init == "olora" or self.load_in_4bit
         matrices = plain_matrices(self.method, model, modules) if is_plain else linear_modules(model, modules)
+        parameters = lone_matrices(model, modules)
+        if parameters and (self.use_dora or self.dropout or self.init != "default"):
+            all_in_modules(f"{self.method!r} (or its dropout or init)", model, modules)
+        targets, architecture = beside(self.method, model, matrices), describe(model)
+        self._mistaken = [path for path in targets if architecture.is_mistaken(path)]
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -52,7 +58,8 @@ class LowRank(Training):
             use_dora=self.use_dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" else self.init,
-            target_modules=exactly(beside(self.method, model, matrices)),
+            target_modules=exactly(targets) if targets or not parameters else [],
+            target_parameters=parameters or None,
             fan_in_fan_out=model.config.model_type == "gpt2",
         )
 
@@ -66,6 +73,19 @@ class LowRank(Training):
         super().save(model, folder)
         if self.init != "default":
             _subtract_start(folder, self._start)
+        if self._mistaken and not self.use_dora:
+            _name_weights(folder, self._mistaken, model.targeted_module_names)
+
+
+def _name_weights(folder: Path, mistaken: list[str], modules: list[str]) -> None:
+    """Tell PEFT by the parameters what it would take for other modules; the adapter's tensors have the same names."""
+    from stages.files import read_json, write_json
+
+    path = folder / "adapter_config.json"
+    config, others = read_json(path), sorted(set(modules) - set(mistaken))
+    parameters = [*(config["target_parameters"] or []), *(f"{each}.weight" for each in mistaken)]
+    config |= {"target_modules": exactly(others) if others else [], "target_parameters": parameters}
+    write_json(path, config | {"lora_dropout": 0.0})  # PEFT has none for parameters, and only training has any
 
 
 def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from stages.models.architecture import exactly
-from stages.models.layers import linear_modules
+from stages.models.layers import all_in_modules
 from stages.settings.stage import Training
 
 if TYPE_CHECKING:
@@ -36,6 +36,6 @@ class VeRA(Training):
             task_type="CAUSAL_LM",
             r=self.rank,
             projection_prng_key=int(torch.initial_seed() % 2**31),
-            target_modules=exactly(linear_modules(model, modules)),
+            target_modules=exactly(all_in_modules(repr(self.method), model, modules)),
             fan_in_fan_out=model.config.model_type == "gpt2",
         )

@@ -25,9 +25,16 @@ if TYPE_CHECKING:
 FILE = "architecture.json"  # beside the weights
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
 
-Kind = Literal["linear", "conv1d", "embedding", "norm", "other"]
+Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
 MATRICES = ("linear", "conv1d")
-Group = Literal["attention", "mlp", "norms", "embeddings", ""]
+STACKS = ("experts", "transposed_experts")
+Group = Literal["attention", "mlp", "experts", "router", "norms", "embeddings", ""]
+IN_MLP = ("mlp", "experts", "router")  # groups that `mlp` names
+# Parts of the names of modules that make them one of the group.
+SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
+EXPERTS = {"experts", *SHARED}
+OLD_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}  # what experts once were, and PEFT renames
+ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Module:
     """A module with parameters of its own.
 
     Attributes:
-        kind: `conv1d` is GPT-2's, whose weight is [in, out]; every other matrix is [out, in].
+        kind: `conv1d` is GPT-2's, whose weight is [in, out]; every other matrix is [out, in]. `experts` have several
+            matrices in one parameter [experts, out, in]; `transposed_experts`, such as gpt-oss's, [experts, in, out].
         group: what `layers` of a stage calls it.
         parameters: shapes by name.
         unit_gain: whether a norm multiplies by 1 + its weight, as Gemma's do.
@@ -102,12 +110,30 @@ class Architecture:
         """Whether a module's weight is [in, out], as GPT-2 has it."""
         return path in self.modules and self.modules[path].kind == "conv1d"
 
+    def is_stack(self, path: str) -> bool:
+        """Whether a module has the matrices of several experts as one parameter."""
+        return path in self.modules and self.modules[path].kind in STACKS
+
+    def is_mistaken(self, path: str) -> bool:
+        """Whether PEFT would take a matrix for one of the fused experts, by its name, and adapt all of them instead."""
+        is_named_so = self.is_matrix(path) and path.rpartition(".")[2] in OLD_NAMES
+        return is_named_so and any(module.kind in STACKS for module in self.modules.values())
+
+    def lone_matrices(self, path: str) -> list[str]:
+        """Names of the parameters of a module that are matrices of experts or of their router, and are in no Linear."""
+        module = self.modules[path]
+        if module.kind in STACKS:
+            return [name for name, shape in module.parameters.items() if len(shape) == 3]
+        is_router = module.kind == "other" and module.group == "router"
+        return [name for name, shape in module.parameters.items() if is_router and name == "weight" and len(shape) == 2]
+
     def select(self, setting: Layers) -> list[str]:
         """Dotted names of the modules that a stage's `layers` names, in the model's order.
 
         Args:
-            setting: a range, which means everything inside those layers; or for each of `attention`, `mlp`, `norms`,
-                `embeddings` (with the output layer) or a module's own name, such as `q_proj`, a range of its own.
+            setting: a range, which means everything inside those layers; or for each of `attention`, `mlp` (experts and
+                router among it), `experts` (shared ones among them), `router`, `norms`, `embeddings` (with the output
+                layer) or a module's own name, such as `q_proj`, or that of shared experts, a range of its own.
 
         Raises:
             MistakeError: a name that no module has, or a layer that the model does not have; the sentence begins with
@@ -123,16 +149,17 @@ class Architecture:
                 names = {self.place(path)[1].rpartition(".")[2] for path in self.modules}
                 raise MistakeError(
                     f"layers names {group!r}, which no module of the model is called;"
-                    f" write attention, mlp, norms, embeddings or one of {', '.join(sorted(names))}"
+                    f" write attention, mlp, experts, router, norms, embeddings or one of {', '.join(sorted(names))}"
                 )
             chosen = {OUTSIDE, *parse(text, self.layers)}
             found |= {path for path in members if self.place(path)[0] in chosen}
         return [path for path in self.modules if path in found]
 
     def _names(self, path: str) -> set[str]:
-        """Group and names that a module goes by in `layers`."""
-        kind = self.place(path)[1]
-        return {self.modules[path].group, kind, kind.rpartition(".")[2]}
+        """Groups and names that a module goes by in `layers`."""
+        kind, group = self.place(path)[1], self.modules[path].group
+        parts = kind.split(".")
+        return {group, "mlp" if group in IN_MLP else group, kind, parts[-1], *SHARED.intersection(parts)}
 
 
 def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = None) -> Architecture:
@@ -234,6 +261,8 @@ def kind_of(module: nn.Module) -> Kind:
         return "conv1d"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if "Experts" in type(module).__name__ and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        return "transposed_experts" if getattr(module, "is_transposed", False) else "experts"
     return "norm" if is_norm(module) else "other"
 
 
@@ -255,8 +284,12 @@ def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None
         return "embeddings" if any(module is end for end in ends) else ""
     if is_norm(module):
         return "norms"
-    first = kind.partition(".")[0]
-    return "attention" if "attn" in first or "attention" in first else "mlp"
+    parts = kind.split(".")
+    if "attn" in parts[0] or "attention" in parts[0]:
+        return "attention"
+    if EXPERTS.intersection(parts) or "Experts" in type(module).__name__:
+        return "experts"
+    return "router" if ROUTERS.intersection(parts) else "mlp"
 
 
 def _has_unit_gain(norm: nn.Module) -> bool:

@@ -40,6 +40,35 @@ def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     return [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
 
 
+def lone_matrices(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Names of the parameters of `modules` that are matrices of experts or of their router, and are in no Linear."""
+    architecture = describe(model)
+    return [f"{path}.{name}" for path in modules for name in architecture.lone_matrices(path)]
+
+
+def all_in_modules(method: str, model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """The weight matrices among `modules`, none of which is a parameter of experts or of their router.
+
+    Args:
+        method: as a sentence calls it.
+        model: the base or the parent.
+        modules: those in the stage's layers.
+
+    Raises:
+        MistakeError: some are; the sentence begins with the key below `stages.NAME`.
+    """
+    matrices = linear_modules(model, modules)
+    if lone := lone_matrices(model, modules):
+        names = list(dict.fromkeys(path.rpartition(".")[2] for path in matrices))
+        ranges = ", ".join(f"{name}: all" for name in names)
+        others = f"name the others, such as layers: {{{ranges}}}, " if names else ""
+        raise MistakeError(
+            f"method {method} does not go beside experts and routers of {type(model).__name__}, whose {lone[0]} is in"
+            f" no Linear; {others}or choose lora without dropout, init and load_in_4bit, or full"
+        )
+    return matrices
+
+
 def norm_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Those of `modules` that are normalisations."""
     return [path for path in modules if is_norm(model.get_submodule(path))]
@@ -55,10 +84,10 @@ def plain_matrices(method: str, model: PreTrainedModel, modules: list[str]) -> l
     """The weight matrices among `modules`, where all are Linear.
 
     Raises:
-        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method; the sentence begins with the
-            key below `stages.NAME`.
+        MistakeError: they are GPT-2's Conv1D, which PEFT does not adapt by this method, or parameters of experts; the
+            sentence begins with the key below `stages.NAME`.
     """
-    matrices = linear_modules(model, modules)
+    matrices = all_in_modules(repr(method), model, modules)
     if any(kind_of(model.get_submodule(path)) != "linear" for path in matrices):
         raise MistakeError(
             f"method {method!r} (or its init or load_in_4bit) does not go with"

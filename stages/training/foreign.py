@@ -30,14 +30,14 @@ TYPES = _words(
 )
 TAKEN = _words(
     "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_bias bias fan_in_fan_out "
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save ab_svd_init act_fn alpha "
-    "apply_GS block_share block_size block_size_pattern boft_block_num boft_block_size boft_n_butterfly_factor "
-    "cayley_neumann_eps coft config_A_B config_C config_D_E decompose_both decompose_factor decomposition_method "
-    "delora_lambda depth effective_rank eps feedforward_modules gralora_k group_size hybrid_r init_r init_weights "
-    "lambda_pattern mask_type mini_r n_frequency n_frequency_pattern num_cayley_neumann_terms oft_block_size para "
-    "proportional_parameters psoft_alpha psoft_mag_a psoft_mag_b psoft_orth psoft_svd psoft_svd_lowrank_niter "
-    "random_loc_seed random_seed scaling select_top sparsity target_svd_config use_cayley_neumann "
-    "use_effective_conv2d use_idwt variant wavelet_family"
+    "target_modules target_parameters exclude_modules layers_to_transform layers_pattern modules_to_save ab_svd_init "
+    "act_fn alpha apply_GS block_share block_size block_size_pattern boft_block_num boft_block_size "
+    "boft_n_butterfly_factor cayley_neumann_eps coft config_A_B config_C config_D_E decompose_both decompose_factor "
+    "decomposition_method delora_lambda depth effective_rank eps feedforward_modules gralora_k group_size hybrid_r "
+    "init_r init_weights lambda_pattern mask_type mini_r n_frequency n_frequency_pattern num_cayley_neumann_terms "
+    "oft_block_size para proportional_parameters psoft_alpha psoft_mag_a psoft_mag_b psoft_orth psoft_svd "
+    "psoft_svd_lowrank_niter random_loc_seed random_seed scaling select_top sparsity target_svd_config "
+    "use_cayley_neumann use_effective_conv2d use_idwt variant wavelet_family"
 )
 NO_EFFECT = _words(  # on the weights of an adapter that is trained: where it comes from, and how it was trained
     "auto_mapping base_model_name_or_path inference_mode peft_version revision runtime_config task_type beta1 beta2 "
@@ -77,7 +77,6 @@ REFUSED = {
         "`true`", bool, f"which changes the embedding and the output layer together; {ELSEWHERE}"
     ),
     "trainable_token_indices": Refusal("any", bool, f"which are rows and no whole weights; {ELSEWHERE}"),
-    "target_parameters": Refusal("any", bool, f"which are parameters and no modules; {ELSEWHERE}"),
     "layer_replication": Refusal("any", bool, f"which makes a model of more layers; {ELSEWHERE}"),
     "megatron_config": Refusal("any", bool, "which names modules of Megatron; save the adapter from transformers"),
     "use_qalora": Refusal("`true`", bool, "which adapts a quantised base; train the adapter on the base itself"),
@@ -217,6 +216,10 @@ def _fix_of_name(key: str) -> str:
         return "rename kohya's lora_down to lora_A and lora_up to lora_B, and write its alpha as lora_alpha"
     if re.search(r"\.lora_[ab]\b", key):
         return "MLX's lora_a and lora_b are PEFT's lora_A.weight and lora_B.weight transposed, so convert it"
+    if re.search(r"\.experts\.\d+\.", key):
+        return (
+            "transformers now has all experts of a layer as one, so load the adapter on this base by PEFT and save it"
+        )
     return FIX
 
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -66,11 +66,7 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     try:
         # PEFT takes names of experts for those of older transformers and would train other modules, in every layer.
         with patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"):
-            wanted = {
-                path
-                for path, _ in model.named_modules()
-                if re.fullmatch(str(getattr(config, "target_modules", "")), path)
-            }
+            wanted = _wanted(model, config)
             wrapped = get_peft_model(model, config)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise MistakeError(
@@ -86,19 +82,27 @@ def put_on(stage: Training, model: Any, dtype: torch.dtype) -> PeftModel:
     return wrapped.train()
 
 
+def _wanted(model: nn.Module, config: PeftConfig) -> set[str]:
+    """Names of the modules, and of the parameters of no module, that a configuration names."""
+    pattern = getattr(config, "target_modules", None)  # a list is one of no modules
+    paths = {path for path, _ in model.named_modules() if isinstance(pattern, str) and re.fullmatch(pattern, path)}
+    return paths | set(getattr(config, "target_parameters", None) or [])
+
+
 def _refuse_others(stage: Training, wrapped: PeftModel, wanted: set[str]) -> None:
-    """Raise a MistakeError unless an adapter is on exactly the modules that the stage names, and trains nothing else.
+    """Raise a MistakeError unless an adapter is on exactly what the stage names, and trains nothing else.
 
     What a model reads of a module that has a copy in its place is the copy's from then on.
     """
-    adapted = set(wrapped.targeted_module_names)
-    for path in adapted:
+    modules, parameters = wrapped.targeted_module_names, wrapped.targeted_parameter_names
+    for path in modules:
         module = wrapped.get_base_model().get_submodule(path)
         if isinstance(module, LNTuningLayer):
             module.__class__ = _Copy
     trained = {name.removeprefix("base_model.model.") for name, p in wrapped.named_parameters() if p.requires_grad}
-    outside = {name for name in trained if not any(name[:end] in adapted for end in _dots(name))}
-    if wrong := sorted((adapted ^ wanted) | outside):
+    owners = {*modules, *(name.rpartition(".")[0] for name in parameters)}
+    outside = {name for name in trained if not any(name[:end] in owners for end in _dots(name))}
+    if wrong := sorted(({*modules, *parameters} ^ wanted) | outside):
         raise MistakeError(
             f"method {stage.method!r} is not put by PEFT on exactly what layers names, but differs in {wrong[0]};"
             " choose another method"

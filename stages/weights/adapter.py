@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Adapter:
         self.config: dict[str, Any] = read_json(folder / "adapter_config.json")
         self._is_lora = self.config["peft_type"] == "LORA"
         self._file = TensorFile(folder / "adapter_model.safetensors")
+        self._targets = self._targeted()
         self._keys: dict[str, dict[str, str]] = {}  # by module, then by the rest of the name
         for key in (key for key in self._file if key not in SHARED):
             path, part = self._place(key)
@@ -86,6 +88,20 @@ class Adapter:
             down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
+    def parameter_factors(self, path: str, name: str) -> Factors | None:
+        """The delta of a parameter that the adapter is beside, as left @ right, float32; None for every other.
+
+        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
+        """
+        if name not in self._targets.get(path, []):
+            return None
+        down, up = (self._read(path, f"{name}.lora_{side}.weight") for side in "AB")
+        up *= self._scaling(path, name)
+        if (experts := _experts(self.architecture.modules[path].parameters[name])) == 1:
+            return up, down
+        down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts).permute(2, 0, 1)
+        return (down.mT, up.mT) if self._has_transposed_experts(path) else (up, down)
+
     def rank(self, path: str) -> int | None:
         """Rank of the LoRA, DoRA or VeRA of a weight matrix, None for every other adapter."""
         if VERA & set(self._keys[path]):
@@ -101,6 +117,9 @@ class Adapter:
             return weights | {name: self._read(path, name) for name in parts if not name.startswith("base_layer.")}
         if parts <= weights.keys():
             return weights | {name: self._read(path, name) for name in parts}
+        if path in self._targets:
+            changed = {name: self._parameter(path, name, weights[name]) for name in self._targets[path]}
+            return weights | {name: self._read(path, name) for name in parts & weights.keys()} | changed
         if self._is_lora and parts <= LORA:
             return weights | self._lora(path, weights)
         if parts == VERA:
@@ -126,6 +145,20 @@ class Adapter:
         if "lora_B.bias" in self._keys[path]:
             return {"weight": merged, "bias": weights["bias"] + self._read(path, "lora_B.bias") * self._scaling(path)}
         return {"weight": merged}
+
+    def _parameter(self, path: str, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """W + s·B·A, of a stack of matrices each with factors of its own, as PEFT's ParamWrapper has them.
+
+        In A [experts·r, in] the rows of an expert follow each other, in B [out, r·experts] its columns are apart.
+        """
+        down, up = (self._read(path, f"{name}.lora_{side}.weight") for side in "AB")
+        if (experts := _experts(weight.shape)) == 1:
+            delta = up @ down
+        else:
+            down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts)
+            shape = "eio" if self._has_transposed_experts(path) else "eoi"
+            delta = torch.einsum(f"ore,eri->{shape}", up, down)
+        return weight + delta.mul_(self._scaling(path, name))
 
     def _vera(self, path: str) -> Factors:
         """diag(b)·B [out, r] and diag(d)·A [r, in] (arXiv 2310.11454): of the shared pair, what fits the weight."""
@@ -179,14 +212,36 @@ class Adapter:
             f"{self.folder}: an adapter of type {self.config['peft_type']} on {path} cannot be merged; use lora or full"
         )
 
+    def _targeted(self) -> dict[str, list[str]]:
+        """Parameters that the adapter is beside, and not beside their module, by module; suffixes name them."""
+        found = {
+            path: [name for name in module.parameters if self._is_target(f"{path}.{name}")]
+            for path, module in self.architecture.modules.items()
+            if module.kind != "linear"  # beside the weight or beside the module is the same
+        }
+        return {path: names for path, names in found.items() if names}
+
+    def _is_target(self, name: str) -> bool:
+        """Whether `target_parameters` names a parameter."""
+        return f".{name}".endswith(tuple(f".{target}" for target in self.config.get("target_parameters") or []))
+
     def _place(self, key: str) -> tuple[str, str]:
         """Module that a tensor of the file belongs to, and the rest of its name."""
         # LN-tuning copies a module with all that is in it: what it holds has the name of what it takes the place of.
         name = path = key.removeprefix(PREFIX).replace(".ln_tuning_layers.", ".")
         while path := path.rpartition(".")[0]:
             if path in self.architecture.modules:
-                return path, name.removeprefix(f"{path}.")
+                return path, self._part(path, name.removeprefix(f"{path}."))
         raise MistakeError(f"{self._file.path}: {key} belongs to no module of the base; {FIX}")
+
+    def _part(self, path: str, part: str) -> str:
+        """What a tensor of a module is: `lora_A.weight`, or beside a parameter `gate_up_proj.lora_A.weight`.
+
+        PEFT wraps a module anew for each of its parameters, the last one outermost.
+        """
+        targets, inner = self._targets.get(path, []), part.count("base_layer.")
+        rest = part.replace("base_layer.", "") if targets else part
+        return f"{targets[-1 - inner]}.{rest}" if rest.startswith("lora_") and inner < len(targets) else rest
 
     def _check_shapes(self, path: str) -> None:
         """Compare what the file says of its tensors with the module they belong to."""
@@ -203,6 +258,10 @@ class Adapter:
                 wanted |= {"lora_A.weight": [None, columns], "lora_B.weight": [rows, None]}
                 wanted |= {"vera_lambda_b": [rows]}
                 wanted |= {"lora_embedding_A": [None, rows], "lora_embedding_B": [columns, None]}
+            if name in self._targets.get(path, []):
+                is_transposed = len(shape) == 3 and self._has_transposed_experts(path)
+                rows, columns = shape[-2:][::-1] if is_transposed else shape[-2:]
+                wanted |= {f"{name}.lora_A.weight": [None, columns], f"{name}.lora_B.weight": [rows, None]}
             for part in found.keys() & wanted.keys():
                 if not _fits(found[part], wanted[part]):
                     raise MistakeError(
@@ -217,21 +276,34 @@ class Adapter:
         """Whether the weight is [in, out]; what the module is decides, as it does in PEFT, and not the config."""
         return self.architecture.is_transposed(path)
 
+    def _has_transposed_experts(self, path: str) -> bool:
+        """Whether parameters of experts are [experts, in, out]."""
+        return self.architecture.modules[path].kind == "transposed_experts"
+
     def _shape(self, path: str) -> list[int]:
         """[out, in] of a weight matrix."""
         shape = self.architecture.modules[path].parameters["weight"]
         return shape[::-1] if self._is_transposed(path) else shape
 
-    def _scaling(self, path: str) -> float:
-        """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds."""
+    def _scaling(self, path: str, parameter: str = "") -> float:
+        """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds, for each expert."""
+        target, experts = f"{path}.weight" if self._is_target(f"{path}.weight") else path, 1
         part = "lora_embedding_A" if "lora_embedding_A" in self._keys[path] else "lora_A.weight"
-        rank = self._file.specification(self._keys[path][part])[0][0]
+        if parameter:
+            target, part = f"{path}.{parameter}", f"{parameter}.{part}"
+            experts = _experts(self.architecture.modules[path].parameters[parameter])
+        rank = self._file.specification(self._keys[path][part])[0][0] // experts
         alpha = self.config.get("lora_alpha", 8)  # PEFT's default
         if patterns := self.config.get("alpha_pattern"):
             from peft.utils.other import get_pattern_key
 
-            alpha = patterns.get(get_pattern_key(list(patterns), path), alpha)
+            alpha = patterns.get(get_pattern_key(list(patterns), target), alpha)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+
+def _experts(shape: Sequence[int]) -> int:
+    """How many matrices a parameter is."""
+    return shape[0] if len(shape) == 3 else 1
 
 
 def _fits(shape: list[int], wanted: list[int | None]) -> bool:

@@ -19,7 +19,7 @@ from stages.merging.merged import Merged
 from stages.models.loading import load_model
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_model, open_stages
-from tests.conftest import make_base, make_outside, make_stage
+from tests.conftest import MIXTURES, make_base, make_outside, make_stage
 
 
 def load_base():
@@ -200,6 +200,24 @@ def test_whole_modules_are_saved_where_a_stage_trained_every_weight():
     loaded = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
 
     for name, weight in model.items():
+        assert torch.allclose(loaded[name], weight, atol=1e-6), name
+
+
+@pytest.mark.parametrize("second", ["lora", "dora", "full"])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_are_part_of_the_adapter(architecture, second):
+    make_base(architecture)
+    make_stage("one", load_base(), "lora", {"mlp": "0-1", "attention": "1"}, rank=3)
+    layers = {"attention": "1-2"} if second == "dora" else {"experts": "1-2", "router": "2", "norms": "1"}
+    keys = {"rank": 2, "size": 0.01} if second == "dora" else {}
+    make_stage("two", load_base(), second, layers, **keys)
+    model = merged(outputs=["model", "adapter"], weights={"one": 0.5, "two": 1.0}, dtype="float32")
+
+    loaded = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
+    written = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32).state_dict()
+
+    assert model.keys() == load_file(BASE / "model.safetensors").keys()
+    for name, weight in written.items():
         assert torch.allclose(loaded[name], weight, atol=1e-6), name
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from analysis.changes import tensors
 from analysis.changes.deltas import measure, sign_conflict
@@ -29,7 +29,7 @@ from stages.models.architecture import OUTSIDE, place
 from stages.project.params import load_params
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import Checkpoint, open_stages
-from tests.conftest import COMMON, make_stage
+from tests.conftest import COMMON, MIXTURES, make_base, make_stage
 
 ALL = ["sums", "names", "prose"]
 DECLARED = {"sums": [0, 1], "names": [1, 2], "prose": [3]}
@@ -349,3 +349,26 @@ def test_only_merged_stages_that_meet_in_a_tensor_are_in_conflict(project):
     project.params(weights=(1.0, 0.0, 1.0))
     project.merge()
     assert not len(measured().conflicts)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_an_expert_is_a_matrix_of_its_own(architecture):
+    make_base(architecture)
+    for name, method, keys in (("one", "lora", {"rank": 3}), ("two", "full", {})):
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        make_stage(name, model, method, {"experts": "1", "router": "1"}, **keys)
+    base, stages = open_stages(["one", "two"])
+    merged = Merged(base, stages, Merge(weights={"one": 1.0, "two": 1.0}, dtype="float32"))
+    rows = measure(stages, merged, merged).rows.set_index(["stage", "parameter"])
+    for stage, rank in zip(stages, (3, 32), strict=True):
+        for parameter in ("gate_up_proj", "down_proj"):
+            found = rows.loc[(stage.name, parameter)]
+            values = torch.linalg.svdvals(stage.delta("model.layers.1.mlp.experts")[parameter].double())
+            energy = values.square() / values.square().sum(1, keepdim=True)
+            assert found["spectral_norm"] == pytest.approx(float(values.max()), rel=1e-4)
+            assert found["stable_rank"] == pytest.approx(float((1 / energy[:, 0]).mean()), rel=1e-4)
+            used = torch.exp(-torch.xlogy(energy, energy).sum(1)).mean()
+            assert found["effective_rank"] == pytest.approx(float(used), rel=1e-4)
+            assert found["directions"] == min(
+                rank, *base.specification(f"model.layers.1.mlp.experts.{parameter}")[0][1:]
+            )

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE
@@ -12,6 +13,7 @@ from stages.models.architecture import exactly
 from stages.models.layers import linear_modules, norm_modules, select
 from stages.settings.ranges import parse
 from tests.conftest import ARCHITECTURES, make_base
+from tests.stages.models.test_every_architecture import TINY
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,31 @@ def test_modules_of_each_kind(architecture):
     assert (len(linear), len(norm)) == expected
     assert sorted(linear + norm) == sorted(modules)
     assert all(".1." in name for name in linear + norm)
+
+
+ONE = {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"}
+MIXTURES = {
+    "mixtral": {"experts": {"mlp.experts"}, "router": {"mlp.gate"}},
+    "gpt_oss": {"experts": {"mlp.experts"}, "router": {"mlp.router"}},
+    "qwen2_moe": {
+        "experts": {"mlp.experts", *ONE},
+        "shared_expert": ONE,
+        "mlp.experts": {"mlp.experts"},
+        "router": {"mlp.gate", "mlp.shared_expert_gate"},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_and_routers_are_groups_of_the_mlp(kind):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY))
+    for group, kinds in MIXTURES[kind].items():
+        assert set(select(model, {group: "1"})) == {f"model.layers.1.{each}" for each in kinds}
+    both = {*select(model, {"experts": "1"}), *select(model, {"router": "1"})}
+    assert set(select(model, {"mlp": "1"})) == both
+    with pytest.raises(MistakeError, match="layers names 'experts', which no module of the model is called"):
+        select(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)), {"experts": "all"})
 
 
 def test_the_regex_matches_nothing_else():

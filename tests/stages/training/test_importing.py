@@ -16,7 +16,7 @@ from stages.files import ADAPTER, BASE, read_json, sha256, write_json
 from stages.training.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
-from tests.conftest import PARAMS, make_base, make_outside
+from tests.conftest import MIXTURES, PARAMS, make_base, make_outside
 from tests.stages.training.test_loop import run_train
 
 CONFIGS = {
@@ -46,9 +46,39 @@ CONFIGS = {
     "all biases": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="all"),
     "biases of its modules": LoraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="lora_only"),
     "a bias of LoRA's own": LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True),
+    "weights of modules as parameters": LoraConfig(
+        target_modules=["q_proj"],
+        target_parameters=["mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"],
+        r=3,
+        rank_pattern={"up_proj.weight": 2},
+        alpha_pattern={"mlp.up_proj.weight": 5},
+    ),
+    "weights of Conv1D as parameters": LoraConfig(target_modules=[], target_parameters=["c_fc.weight"], r=3),
     "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
 }
-BIASES = {"all biases": "qwen2", "biases of its modules": "qwen2", "a bias of LoRA's own": "qwen2"}  # bases with some
+PARAMETERS = {  # of mixtures of experts
+    "experts alone": {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"],
+        "r": 3,
+    },
+    "one parameter, rsLoRA": {
+        "target_parameters": ["experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "use_rslora": True,
+    },
+    "router, patterns": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["gate.weight", "1.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj"],
+        "r": 4,
+        "rank_pattern": {"gate_up_proj": 2, "v_proj": 3},
+        "alpha_pattern": {"mlp.experts.gate_up_proj": 5, "gate.weight": 3, "router.weight": 3},
+    },
+}
+BASES = {
+    **dict.fromkeys(("all biases", "biases of its modules", "a bias of LoRA's own"), "qwen2"),  # it has some
+    "weights of Conv1D as parameters": "gpt2",
+}
 KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
 KEYS = {  # that a type of PEFT needs, or that make it small
     "ADALORA": {"total_step": 10},
@@ -104,7 +134,7 @@ VALUES = [  # of keys, each for all types that have them
     {"use_idwt": False, "wavelet_family": "db4"},
 ]
 ALWAYS = {"peft_type", "target_modules"}
-BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora"}
+BY_CONFIGS = {"lora_bias", "modules_to_save", "use_dora", "target_parameters"}
 BY_SENTENCE = {"proportional_parameters"}  # PEFT's own merge of one module does not go with it
 
 
@@ -158,10 +188,27 @@ def outside(workspace):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_imported_adapter_is_pefts_merge_bit_for_bit(outside, config):
-    outside(CONFIGS[config], BIASES.get(config, "llama-untied"))
+    outside(CONFIGS[config], BASES.get(config, "llama-untied"))
     truth = by_peft()
     imported()
     assert_stage_is(truth)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("config", PARAMETERS)
+def test_an_imported_adapter_of_experts_is_pefts_merge_bit_for_bit(outside, config, architecture):
+    router = "router" if architecture == "gpt_oss" else "gate"
+    keys = {key: named(value, router) for key, value in PARAMETERS[config].items()}
+    outside(LoraConfig(**keys), architecture)
+    truth = by_peft()
+    imported()
+    assert_stage_is(truth)
+
+
+def named(value, router):
+    """A setting with the name that the model has for its router."""
+    parts = value if isinstance(value, list) else []
+    return [part.replace("gate.", f"{router}.") for part in parts] if parts else value
 
 
 @pytest.mark.slow
@@ -315,6 +362,11 @@ def pickled():
             renamed("layers.3", "layers.9"),
             "",
             "belongs to no module of the base; use an adapter that was trained on this base",
+        ),
+        (
+            renamed("self_attn.q_proj", "mlp.experts.0.w1"),
+            "",
+            "all experts of a layer as one, so load the adapter on this",
         ),
         (renamed("lora_A", "lora_down"), "", "rename kohya's lora_down to lora_A"),
         (renamed("lora_A.weight", "lora_a"), "", "MLX's lora_a and lora_b are PEFT's"),

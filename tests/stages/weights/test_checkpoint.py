@@ -19,7 +19,7 @@ from stages.files import BASE, CHECKPOINTS
 from stages.weights.checkpoint import Checkpoint, open_stages
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import TensorFile
-from tests.conftest import ARCHITECTURES, ROOT, make_base, make_stage
+from tests.conftest import ARCHITECTURES, MIXTURES, ROOT, make_base, make_stage
 
 
 def load_base():
@@ -47,6 +47,25 @@ def test_effective_weights_equal_peft_bit_for_bit(method, architecture, shards):
     original = load_base().state_dict()
     moved = {name for name in found if not torch.equal(found[name], original[name])}
     assert moved and all(".1." in name or ".2." in name for name in moved)
+
+
+@pytest.mark.parametrize("keys", [{"rank": 3}, {"rank": 3, "rslora": True}], ids=["lora", "rslora"])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_and_routers_equal_peft_bit_for_bit(architecture, keys):
+    make_base(architecture)
+    wrapped = make_stage("one", load_base(), "lora", {"experts": "1-2", "router": "2"}, **keys)
+    _, (stage,) = open_stages(["one"])
+    with torch.no_grad():
+        computed = wrapped.eval()(torch.arange(20)[None]).logits
+        again = PeftModel.from_pretrained(load_base(), CHECKPOINTS / "one").eval()
+        assert torch.equal(again(torch.arange(20)[None]).logits, computed)
+    truth, original, found = again.merge_and_unload().state_dict(), load_base().state_dict(), effective(stage)
+
+    assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in found)
+    moved = {name.split(".", 2)[2] for name in found if not torch.equal(found[name], original[name])}
+    router = "router" if architecture == "gpt_oss" else "gate"
+    stacks = {f"{layer}.mlp.experts.{name}_proj" for layer in (1, 2) for name in ("gate_up", "down")}
+    assert moved == {*stacks, f"2.mlp.{router}.weight"}
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one-file", "sharded"])
