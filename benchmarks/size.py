@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 from measuring import measure
@@ -70,9 +70,6 @@ def model() -> None:
         "stages.pick checkpoints", "stages.merge", *(f"stages.score {name}" for name in models), "stages.evaluate",
         *(f"analysis.probe {name}" for name in models), "analysis.measure", "analysis.report",
     ])  # fmt: skip
-
-
-
 
 
 def stages() -> None:

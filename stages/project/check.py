@@ -90,13 +90,13 @@ def refuse_chats(params: Params) -> None:
     One prompt with its completion is like another to a template: the first speaks for all, also before the dataset is
     made.
     """
-    for name, dataset in params.datasets.items():
-        files = [Lines(path) for path in sorted((DATA / name).glob("*.jsonl"))]
-        for lines in files:
+    for name in params.datasets:
+        for lines in map(Lines, sorted((DATA / name).glob("*.jsonl"))):
             for place, record in enumerate(lines):
                 if "messages" in record or place == 0:
                     check_template(record, lines.where(place))
-        for records in [] if files else _tried(dataset, f"{PARAMS}: datasets.{name}"):
+    for name in datasets_to_make(params):
+        for records in _tried(params.datasets[name], f"{PARAMS}: datasets.{name}"):
             check_template(records[0], records.where(0))
 
 
