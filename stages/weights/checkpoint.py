@@ -107,6 +107,11 @@ class Checkpoint:
             name = self.architecture.tied[name]
         return self.architecture.pieces.get(name, [(name, [])])
 
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the tensors in its files."""
+        return list(self._where)
+
     def file(self, piece: str) -> TensorFile:
         """Where a tensor is stored, by its name in the file.
 
