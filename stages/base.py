@@ -105,6 +105,11 @@ def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
     carry_over(model, source, folder)
     if (whole := whole_config(model, source)) is not model.config:
+        if other := sorted(shapes_in(folder).keys() - shapes_in(source).keys()):
+            raise MistakeError(
+                f"{type(model).__name__} writes {other[0]}, a name that the whole model's file does not have; choose"
+                " another model"
+            )
         whole.save_pretrained(folder)
     for path in source.glob("*processor_config.json"):
         shutil.copy(path, folder)

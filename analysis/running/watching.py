@@ -84,7 +84,7 @@ class _Seen:
 
     def add(self, name: str, layer: int, output: Any) -> None:
         """Keep the size of what a part adds to the hidden states, and its attention if it has one."""
-        found = output if isinstance(output, tuple) else (output,)
+        found = (output,) if isinstance(output, torch.Tensor) else output
         incoming = self.outputs[layer]
         texts, tokens, width = incoming.shape
         if found[0].shape[-1] == width and found[0].numel() == incoming.numel():  # else it is read by another part
@@ -136,7 +136,7 @@ def _seen_in(model: PreTrainedModel, shape: torch.Size) -> Iterator[_Seen]:
             seen.outputs.append(states(args[0] if args else kwargs["hidden_states"]))
 
     def went_out(_: nn.Module, args: Any, output: Any) -> None:
-        seen.outputs.append(states(output[0] if isinstance(output, tuple) else output))
+        seen.outputs.append(states(output if isinstance(output, torch.Tensor) else output[0]))
 
     def read(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         seen.last, seen.first = args[0].float().cpu(), args[0][:, :1]
@@ -210,10 +210,15 @@ def _lens(
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The normalisation between the last layer and the output layer; one that changes nothing where there is none."""
+    """The normalisation between the last layer and the output layer; one that changes nothing where there is none.
+
+    It is the first one behind the layers: what comes before them may be the embedding's, as Bloom has one.
+    """
     stack = layer_stack(model)
-    outside = (m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
-    return next(outside, nn.Identity())
+    paths = [path for path, module in model.named_modules() if is_norm(module) or path == stack]
+    outside = [path for path in paths if place(path, stack)[0] == OUTSIDE]
+    behind = outside[outside.index(stack) + 1 :] + outside[: outside.index(stack)]
+    return model.get_submodule(behind[0]) if behind else nn.Identity()
 
 
 def attention_of(texts: list[Activations]) -> dict[str, Any]:
@@ -257,6 +262,5 @@ def interval(values: torch.Tensor) -> dict[str, Any]:
 
 def load_eager(checkpoint: Weights, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model that tells where its tokens look."""
-    model = load_model(checkpoint, dtype or compute_dtype(), device())
-    model.set_attn_implementation("eager")  # the others do not tell where the tokens look
-    return model
+    # The others do not tell where the tokens look, and Falcon asked for it later forgets its mask.
+    return load_model(checkpoint, dtype or compute_dtype(), device(), attention="eager")

@@ -245,7 +245,9 @@ def exactly(modules: list[str]) -> str:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation, Qwen3's query and key norms among them."""
-    return "Norm" in type(module).__name__
+    from torch import nn
+
+    return "Norm" in type(module).__name__ and not isinstance(module, nn.Embedding)
 
 
 def kind_of(module: nn.Module) -> Kind:
