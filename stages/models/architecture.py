@@ -244,10 +244,11 @@ def exactly(modules: list[str]) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation, Qwen3's query and key norms among them."""
-    from torch import nn
+    """Whether a module is a normalisation, Qwen3's query and key norms among them.
 
-    return "Norm" in type(module).__name__ and not isinstance(module, nn.Embedding)
+    What has modules in it is none, for every class of RobertaPreLayerNorm has the word in its name.
+    """
+    return "Norm" in type(module).__name__ and not any(module.children())
 
 
 def kind_of(module: nn.Module) -> Kind:
