@@ -91,7 +91,7 @@ class Proof:
             coefficients = self._merged.coefficients(name, list(deltas)) if deltas else None
             if coefficients is None:
                 continue
-            total = sum(coefficients[stage] * delta.double() for stage, delta in deltas.items())
+            total = torch.stack([coefficients[stage] * delta.double() for stage, delta in deltas.items()]).sum(0)
             room = weight.abs() * torch.finfo(DTYPES[self._merged.specification(name)[1]]).eps
             if (total.abs() > room).any():
                 changed = f"{', '.join(deltas)} changed in {name}"

@@ -193,7 +193,7 @@ def refuse_speechless(name: str, model: PreTrainedModel) -> None:
     """
     model.requires_grad_(False)
     model.get_submodule(layer_stack(model))[-1].requires_grad_(True)  # type: ignore[index]
-    rows = len(model.get_input_embeddings().weight)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     ids = torch.arange(2 * LENGTH).view(2, LENGTH) % rows
     try:
         logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

@@ -83,7 +83,7 @@ def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Archite
             modules = architecture.select(stage.layers)
             if isinstance(stage, Training):
                 config = stage.adapter_config(model, modules)
-                adapted = [path for path in modules if re.fullmatch(str(config.target_modules), path)]
+                adapted = [path for path in modules if re.fullmatch(str(getattr(config, "target_modules", "")), path)]
                 if common := [path for path in adapted if path in architecture.shared]:
                     raise MistakeError(
                         f"layers names {common[0]}, which has its weights in common with"

@@ -40,7 +40,7 @@ from tests.conftest import PARAMS, ROOT, make_tokenizer
 from tests.stages.models.test_losses import whole
 from tests.stages.test_train import make_examples
 
-SECONDS = 20  # for one type
+SECONDS = 40  # for one type
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
