@@ -31,7 +31,7 @@ from analysis.running.watching import (
 )
 from stages.errors import run
 from stages.files import CHECKPOINTS, PICKED, REPORTS, read_json, read_record, rounded, write_json
-from stages.models.architecture import layer_stack, place, text_config
+from stages.models.architecture import depth, layer_stack, place
 from stages.models.loading import Weights, compute_dtype, device, load_model, load_tokenizer, set_weights
 from stages.models.losses import mean_loss
 from stages.project.params import Params, load_params
@@ -132,7 +132,7 @@ def reset_early(
     reset.
     """
     stack = layer_stack(model)
-    count = text_config(model).num_hidden_layers // EARLY
+    count = depth(model) // EARLY
     modules = [path for path, _ in model.named_modules() if path in origin.modules]
     set_weights(model, origin, [path for path in modules if 0 <= place(path, stack)[0] < count])
     pairs = zip(before, watch(model, texts), strict=True)

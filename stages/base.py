@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
-from stages.models.architecture import describe, text_config
+from stages.models.architecture import depth, describe
 from stages.models.names import carry_over, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import (
     files_of,
     forget_quantisation,
     locate,
+    refuse_other_types,
     refuse_quantised,
+    refuse_speechless,
     refuse_unsound,
     resolve_dtype,
     whole_config,
@@ -34,6 +36,7 @@ def main() -> None:
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
     try:
+        refuse_other_types(settings.model, source)
         refuse_quantised(settings.model, source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             dtype=dtype,
@@ -56,7 +59,7 @@ def main() -> None:
     refuse_unsound(settings.model, model, told)
     if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):
         tokenizer.pad_token = tokenizer.eos_token  # one was added that the embeddings have no row for
-    refuse_layers_outside(params, text_config(model).num_hidden_layers)
+    refuse_layers_outside(params, depth(model))
     forget_quantisation(model)
     if settings.add_biases:
         model = add_biases(model)
@@ -78,6 +81,7 @@ def main() -> None:
                 keep_the_rest(model, found, folder)
             pieces = pieces_of(model, shapes_in(folder))
             refuse_lost(model, folder, pieces)
+        refuse_speechless(settings.model, model)  # last, for some models change their weights on the way
         dataclasses.replace(architecture, pieces=pieces).write(folder)
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
@@ -101,6 +105,11 @@ def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
     carry_over(model, source, folder)
     if (whole := whole_config(model, source)) is not model.config:
+        if other := sorted(shapes_in(folder).keys() - shapes_in(source).keys()):
+            raise MistakeError(
+                f"{type(model).__name__} writes {other[0]}, a name that the whole model's file does not have; choose"
+                " another model"
+            )
         whole.save_pretrained(folder)
     for path in source.glob("*processor_config.json"):
         shutil.copy(path, folder)

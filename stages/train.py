@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from stages.errors import run
+from stages.errors import placed, run
 from stages.files import ADAPTER, CHECKPOINTS, REPORTS, publish, sha256, write_json, write_text
 from stages.models.loading import compute_dtype, device
 from stages.project.check import check_against_base, load_checked
@@ -23,7 +23,7 @@ from stages.training.batches import derive_seed, encode_split, sources
 from stages.training.importing import import_adapter
 from stages.training.launch import check_processes, launch
 from stages.training.loop import Curve, fit
-from stages.training.model import build
+from stages.training.model import build, refuse_moved, refuse_unsaved, sums_of_frozen
 from stages.training.prefix import Prefix
 from stages.training.protection import BASES, remember_inputs, save_bases
 from stages.training.quantize import in_4bit
@@ -69,11 +69,14 @@ def train(name: str, stage: Training, settings: Params, accelerator: Accelerator
         key |= {"dtype": dtype, "device": accelerator.device.type, "4bit": in_4bit(stage)}
         # The cache is off with FSDP: a hit would skip layers whose weights the other processes are waiting to gather.
         prefix = Prefix(model, key, 0 if is_divided(accelerator) else settings.prefix_cache * 1e9)
+        before = {} if is_divided(accelerator) else sums_of_frozen(model)
         curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning, title=name)
         bases = remember_inputs(model, stage.remember, shown, accelerator) if stage.remember else None
         if accelerator.is_main_process:
-            with publish(CHECKPOINTS / name) as folder:
+            with publish(CHECKPOINTS / name) as folder, placed(f"params.yaml: stages.{name}."):
+                refuse_moved(stage, model, before)
                 stage.save(model, folder)
+                refuse_unsaved(stage, model, folder)
                 record["sha256"] = sha256(folder / file for file in ADAPTER)
                 if bases:
                     save_bases(bases, folder)

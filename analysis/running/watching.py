@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -49,15 +50,18 @@ def watch(model: PreTrainedModel, texts: list[torch.Tensor], first: int = -1) ->
     The logit lens looks at the layers from `first` on.
     """
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
-    with _seen_in(model) as seen:
-        model(input_ids=ids, output_attentions=True, use_cache=False)
+    with _seen_in(model, ids.shape) as seen:
+        logits = model(input_ids=ids, output_attentions=True, use_cache=False).logits
+    head = _head(model)
+    # Where a model scales or caps what its output layer gives, the lens does too.
+    speak = head if torch.equal(head(seen.first).float(), logits.float()) else partial(_own_logits, model)
     hidden, attention, written = seen.hidden(), seen.attention(), seen.written()
     return [
         Activations(
             hidden[:, row, :end],
             attention[:, row, :, :end, :end],
             {name: values[:, row, :end] for name, values in written.items()},
-            _lens(model, hidden[1:, row, :end][first:-1], seen.last[row, :end]),
+            _lens(model, hidden[1:, row, :end][first:-1], seen.last[row, :end], speak),
         )
         for row, end in enumerate(map(len, texts))
     ]
@@ -69,17 +73,18 @@ class _Seen:
     Attributes:
         outputs: the embeddings, then the output of each layer; float32 [texts, tokens, width].
         last: what the output layer reads, normalised, in some models of another width; the same.
+        first: of this the first position, as it is read.
     """
 
     def __init__(self) -> None:
         self.outputs: list[torch.Tensor] = []
-        self.last = torch.empty(0)
+        self.last = self.first = torch.empty(0)
         self._written: dict[str, dict[int, torch.Tensor]] = {}  # by part and layer, [texts, tokens]
         self._attention: dict[int, torch.Tensor] = {}  # by layer, [texts, heads, tokens, tokens]
 
     def add(self, name: str, layer: int, output: Any) -> None:
         """Keep the size of what a part adds to the hidden states, and its attention if it has one."""
-        found = output if isinstance(output, tuple) else (output,)
+        found = (output,) if isinstance(output, torch.Tensor) else output
         incoming = self.outputs[layer]
         texts, tokens, width = incoming.shape
         if found[0].shape[-1] == width and found[0].numel() == incoming.numel():  # else it is read by another part
@@ -111,22 +116,33 @@ class _Seen:
 
 
 @contextmanager
-def _seen_in(model: PreTrainedModel) -> Iterator[_Seen]:
-    """Collect what every layer and every part of it that has weight matrices gives, while the model runs."""
+def _seen_in(model: PreTrainedModel, shape: torch.Size) -> Iterator[_Seen]:
+    """Collect what every layer and every part of it that has weight matrices gives, while the model runs.
+
+    Where a model has several streams of hidden states, they are side by side in one width.
+
+    Args:
+        model: that runs.
+        shape: [texts, tokens].
+    """
     seen, hooks = _Seen(), []
+
+    def states(found: torch.Tensor) -> torch.Tensor:
+        found = found if found.shape[:2] == shape else found.movedim(0, 2)  # Gemma 3n has its streams first
+        return found.flatten(2).float().cpu()
 
     def came_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not seen.outputs:
-            seen.outputs.append((args[0] if args else kwargs["hidden_states"]).float().cpu())
+            seen.outputs.append(states(args[0] if args else kwargs["hidden_states"]))
 
     def went_out(_: nn.Module, args: Any, output: Any) -> None:
-        seen.outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+        seen.outputs.append(states(output if isinstance(output, torch.Tensor) else output[0]))
 
     def read(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        seen.last = args[0].float().cpu()
-        return args[0][:, :1]  # nobody looks at the logits here
+        seen.last, seen.first = args[0].float().cpu(), args[0][:, :1]
+        return seen.first  # nobody looks at the other logits
 
-    hooks.append(cast(nn.Module, model.get_output_embeddings()).register_forward_pre_hook(read))
+    hooks.append(_head(model).register_forward_pre_hook(read))
     for number, layer in enumerate(model.get_submodule(layer_stack(model)).children()):
         hooks += [layer.register_forward_pre_hook(came_in, with_kwargs=True), layer.register_forward_hook(went_out)]
         hooks += [
@@ -158,29 +174,51 @@ def lens_divergence(before: Activations, after: Activations) -> Layered:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).cpu()
 
 
-def _lens(model: PreTrainedModel, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def _head(model: PreTrainedModel) -> nn.Linear:
+    return cast(nn.Linear, model.get_output_embeddings())
+
+
+def _own_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """The logits that a model makes of what its output layer reads, [rows, positions, width]."""
+    hook = _head(model).register_forward_pre_hook(lambda *_: states)
+    try:
+        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        return cast(torch.Tensor, model(input_ids=token, use_cache=False).logits)
+    finally:
+        hook.remove()
+
+
+def _lens(
+    model: PreTrainedModel, hidden: torch.Tensor, last: torch.Tensor, speak: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """What the output layer makes of the outputs of layers, and of what it does read.
 
     Args:
         model: whose output layer it is.
         hidden: of the layers before the last, [lens layers - 1, tokens, width].
         last: what the output layer reads, [tokens, its width]; where that is another width, it cannot read `hidden`.
+        speak: makes logits of what the output layer reads.
     """
-    tokens, head = len(last), cast(nn.Linear, model.get_output_embeddings())
+    tokens, head = len(last), _head(model)
     positions = torch.linspace(1, tokens - 1, min(LENS, tokens - 1)).round().long()
     last = last[positions].to(head.weight)[None]
     if hidden.shape[-1] != last.shape[-1]:
-        own = head(last).float().log_softmax(-1)
+        own = speak(last).float().log_softmax(-1)
         return torch.cat([own.new_full((len(hidden), *own.shape[1:]), torch.nan), own])
     normed = final_norm(model)(hidden[:, positions].to(head.weight))
-    return head(torch.cat([normed, last])).float().log_softmax(-1)
+    return speak(torch.cat([normed, last])).float().log_softmax(-1)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The normalisation between the last layer and the output layer; one that changes nothing where there is none."""
+    """The normalisation between the last layer and the output layer; one that changes nothing where there is none.
+
+    It is the first one behind the layers: what comes before them may be the embedding's, as Bloom has one.
+    """
     stack = layer_stack(model)
-    outside = (m for path, m in model.named_modules() if is_norm(m) and place(path, stack)[0] == OUTSIDE)
-    return next(outside, nn.Identity())
+    paths = [path for path, module in model.named_modules() if is_norm(module) or path == stack]
+    outside = [path for path in paths if place(path, stack)[0] == OUTSIDE]
+    behind = outside[outside.index(stack) + 1 :] + outside[: outside.index(stack)]
+    return model.get_submodule(behind[0]) if behind else nn.Identity()
 
 
 def attention_of(texts: list[Activations]) -> dict[str, Any]:
@@ -224,6 +262,5 @@ def interval(values: torch.Tensor) -> dict[str, Any]:
 
 def load_eager(checkpoint: Weights, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model that tells where its tokens look."""
-    model = load_model(checkpoint, dtype or compute_dtype(), device())
-    model.set_attn_implementation("eager")  # the others do not tell where the tokens look
-    return model
+    # The others do not tell where the tokens look, and Falcon asked for it later forgets its mask.
+    return load_model(checkpoint, dtype or compute_dtype(), device(), attention="eager")

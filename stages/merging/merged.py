@@ -118,16 +118,33 @@ class Merged:
         if not factors or any(pair is None for pair in found.values()):
             return None
         name = f"{path}.weight"
-        values = self._values(name, list(factors))
-        coefficients = self._coefficients(values, list(factors))
-        scale = self._depth_scale(name)
+        coefficients = self.coefficients(name, list(factors))
         if coefficients is not None:
-            lefts = [scale * coefficients[stage] * left for stage, (left, _) in factors.items()]
+            lefts = [coefficients[stage] * left for stage, (left, _) in factors.items()]
             return torch.cat(lefts, 1), torch.cat([right for _, right in factors.values()])
         if self._in_core:
+            values = self._values(name, list(factors))
             left, right = merge_in_core(factors, lambda cores: self._merge_cores(name, cores, values))
-            return scale * left, right
+            return self._depth_scale(name) * left, right
         return None
+
+    def coefficients(self, name: str, touching: list[str]) -> dict[str, float] | None:
+        """What each delta is multiplied with where the merge is base + Σ cᵢΔᵢ; None where it is not.
+
+        So is task arithmetic (arXiv 2212.04089), and linear (arXiv 2203.05482) where its weights sum to 1.
+
+        Args:
+            name: of a parameter.
+            touching: stages with a delta there that is not zero.
+        """
+        if not self._kernel.traits.is_sum:
+            return None
+        values, scale = self._values(name, touching), self._depth_scale(name)
+        total = sum(values["weight"].values())
+        if self.merge.method == "linear" and (total == 0 if values["normalize"] else total != 1):
+            return None
+        divisor = total if values["normalize"] and abs(total) >= 1e-8 else 1.0
+        return {stage: scale * (values["weight"][stage] * values.get("lambda", 1.0) / divisor) for stage in touching}
 
     def is_low_rank(self, path: str) -> bool:
         """Whether `factors` has an answer for this module."""
@@ -183,15 +200,15 @@ class Merged:
                 deltas[stage.name] = factors or changed
         if not deltas:
             return weight
-        coefficients = self._coefficients(self._values(name, list(deltas)), list(deltas))
+        coefficients = self.coefficients(name, list(deltas))
         if coefficients is None:
             return None
-        merged, scale = weight.clone(), self._depth_scale(name)
+        merged = weight.clone()
         for name, delta in deltas.items():
             if isinstance(delta, tuple):
-                merged.addmm_(*delta, alpha=scale * coefficients[name])
+                merged.addmm_(*delta, alpha=coefficients[name])
             else:
-                merged.add_(delta, alpha=scale * coefficients[name])
+                merged.add_(delta, alpha=coefficients[name])
         return merged
 
     def _merge_cores(self, name: str, cores: dict[str, torch.Tensor], values: Values) -> torch.Tensor:
@@ -199,19 +216,6 @@ class Merged:
 
     def _values(self, name: str, touching: list[str]) -> Values:
         return self._kernel.values(name, self._depth(name), self._kernel.participants(touching))
-
-    def _coefficients(self, values: Values, touching: list[str]) -> dict[str, float] | None:
-        """What each delta is multiplied with where the merge is base + Σ cᵢΔᵢ; None where it is not.
-
-        So is task arithmetic (arXiv 2212.04089), and linear (arXiv 2203.05482) where its weights sum to 1.
-        """
-        if not self._kernel.traits.is_sum:
-            return None
-        total = sum(values["weight"].values())
-        if self.merge.method == "linear" and (total == 0 if values["normalize"] else total != 1):
-            return None
-        divisor = total if values["normalize"] and abs(total) >= 1e-8 else 1.0
-        return {stage: values["weight"][stage] * values.get("lambda", 1.0) / divisor for stage in touching}
 
     def _depth(self, name: str) -> float:
         """mergekit's `t`: from 0 in the first layer to 1 in the last, and 0 outside the layers."""

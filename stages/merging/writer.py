@@ -14,6 +14,7 @@ from tqdm import tqdm
 from stages.errors import end_with_parent
 from stages.merging.adapter_output import AdapterOutput, Fit, as_dora, fit_dora, fit_lora
 from stages.merging.merged import Merged
+from stages.merging.proof import Proof
 from stages.models.names import part
 from stages.weights.single_file import SingleFile
 from stages.weights.tensor_file import size
@@ -22,10 +23,13 @@ Part = tuple[str, float | None, bytes]  # module, error of its fit or None where
 
 
 class Writer:
-    """Puts one module after another into the files; each is the work of one process."""
+    """Puts one module after another into the files, and reads back what it wrote; each is the work of one process."""
 
     def __init__(self, merged: Merged, files: dict[str, SingleFile]) -> None:
         self._merged, self._files, self._base = merged, files, merged.base
+        self._proof = Proof(merged, files["model"].path) if "model" in files else None
+        if self._proof:
+            self._proof.header()
         self._changed = set(merged.changed())
         self._adapter = "adapter" in merged.merge.outputs
         self._dora = self._adapter and any(merged.rank(path) and not merged.is_low_rank(path) for path in self._changed)
@@ -39,6 +43,8 @@ class Writer:
         if path not in self._changed:
             for name in self._merged.names([path]):
                 self._copy(name)
+            if self._proof:
+                self._proof.untouched(path)
             return None
         weights = self._merged.module(path)
         for parameter, values in weights.items():
@@ -49,6 +55,8 @@ class Writer:
                     self._files["model"].put(piece, part(rounded, index))
             if "delta" in self._files:
                 self._files["delta"].put(name, values - self._base.stored(name).float())
+        if self._proof:
+            self._proof.changed(path, weights)
         return self._part(path, weights) if self._adapter else None
 
     def _copy(self, name: str) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "architecture.json"  # beside the weights
+# What configs call the number of layers and of heads: first what is the decoder's own where an encoder has others, and
+# last that of layers of several parts, of which num_hidden_layers counts the parts.
+LAYERS = ("decoder_layers", "num_hidden_layers", "num_layers")
+HEADS = ("decoder_attention_heads", "num_attention_heads")
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
 
 Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
@@ -102,6 +106,13 @@ class Architecture:
         """Kinds of modules that the layers have, such as `self_attn.q_proj`, in the model's order."""
         return list(dict.fromkeys(kind for layer, kind in map(self.place, self.modules) if layer != OUTSIDE))
 
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Modules in the layers that have their weights in common with another, each way, such as Zamba's attention."""
+        pairs = [(one.rpartition(".")[0], other.rpartition(".")[0]) for one, other in self.tied.items()]
+        inside = [pair for pair in pairs if self.place(pair[0])[0] != OUTSIDE]
+        return dict(inside) | {other: one for one, other in inside}
+
     def is_matrix(self, path: str) -> bool:
         """Whether a module is a weight matrix that an adapter can be put beside."""
         return path in self.modules and self.modules[path].kind in MATRICES
@@ -166,7 +177,7 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
-        MistakeError: its text model has no list of `num_hidden_layers` layers.
+        MistakeError: its text model has no list of as many layers as its config says.
     """
     config, stack = text_config(model), layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -182,8 +193,8 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     return Architecture(
         model_type=config.model_type,
         stack=stack,
-        layers=config.num_hidden_layers,
-        heads=getattr(config, "num_attention_heads", None),
+        layers=depth(model),
+        heads=next((getattr(config, key) for key in HEADS if hasattr(config, key)), None),
         positions=getattr(config, "max_position_embeddings", None),
         modules=modules,
         tied=dict(model.all_tied_weights_keys),
@@ -209,16 +220,30 @@ def layer_stack(model: PreTrainedModel) -> str:
     """Dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
 
     Raises:
-        MistakeError: the text model has no list of `num_hidden_layers` modules.
+        MistakeError: the text model has no list of as many modules as its config says.
     """
     from torch import nn
 
-    count, text = text_config(model).num_hidden_layers, set(model.get_decoder().modules())
+    config, text = text_config(model), set(model.get_decoder().modules())
     lists = {n: module for n, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    stacks = [name for name, module in lists.items() if len(module) == count]
-    if stacks:
-        return next((name for name in stacks if lists[name] in text), stacks[0])
-    raise MistakeError(f"params.yaml: base.model: {type(model).__name__} has no stack of {count} layers to choose from")
+    counts = [getattr(config, key) for key in LAYERS if hasattr(config, key)]
+    for count in counts:
+        stacks = [name for name, module in lists.items() if len(module) == count]
+        if stacks:
+            return next((name for name in stacks if lists[name] in text), stacks[0])
+    told = f"stack of {counts[0]} layers" if counts else "one stack of layers"
+    raise MistakeError(
+        f"params.yaml: base.model: {type(model).__name__} has no {told} to choose from; choose another model"
+    )
+
+
+def depth(model: PreTrainedModel) -> int:
+    """How many decoder layers it has; their list may be longer or shorter than `num_hidden_layers`.
+
+    Raises:
+        MistakeError: as `layer_stack`.
+    """
+    return len(model.get_submodule(layer_stack(model)))  # type: ignore[arg-type]
 
 
 def place(path: str, stack: str) -> tuple[int, str]:
@@ -246,8 +271,11 @@ def exactly(modules: list[str]) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation, Qwen3's query and key norms among them."""
-    return "Norm" in type(module).__name__
+    """Whether a module is a normalisation, Qwen3's query and key norms among them.
+
+    What has modules in it is none, for every class of RobertaPreLayerNorm has the word in its name.
+    """
+    return "Norm" in type(module).__name__ and not any(module.children())
 
 
 def kind_of(module: nn.Module) -> Kind:

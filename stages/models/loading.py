@@ -39,14 +39,19 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_model(checkpoint: Weights, dtype: torch.dtype, place: torch.device | str = "cpu") -> PreTrainedModel:
-    """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`."""
+def load_model(
+    checkpoint: Weights, dtype: torch.dtype, place: torch.device | str = "cpu", attention: str | None = None
+) -> PreTrainedModel:
+    """A model in evaluation mode whose weights are the checkpoint's effective ones, rounded once to `dtype`.
+
+    `attention` is transformers' name of an implementation; without one it is the model's own choice.
+    """
     changed, base = checkpoint.changed(), checkpoint.base
     config = AutoConfig.from_pretrained(base.folder)
     if base.untied_by(changed):
         for each in (config, config.get_text_config(decoder=True)):
             each.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
     model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
     set_weights(model, checkpoint, changed)
     return model.eval()

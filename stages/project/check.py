@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,13 @@ def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Archite
         with placed(f"{PARAMS}: stages.{name}."):
             modules = architecture.select(stage.layers)
             if isinstance(stage, Training):
-                stage.adapter_config(model, modules)
+                config = stage.adapter_config(model, modules)
+                adapted = [path for path in modules if re.fullmatch(str(getattr(config, "target_modules", "")), path)]
+                if common := [path for path in adapted if path in architecture.shared]:
+                    raise MistakeError(
+                        f"layers names {common[0]}, which has its weights in common with"
+                        f" {architecture.shared[common[0]]}, and a file has them once; name other modules in layers"
+                    )
 
 
 def refuse_chats(params: Params) -> None:

@@ -45,6 +45,7 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
             save_file({peft: file.read(key) for key, peft in names.items()}, folder / weights.name, {"format": "pt"})
         base = Checkpoint(BASE, "base")
         adapter = Adapter(source if is_same else folder, base.architecture)
+        base.untied_by(adapter.modules)
         try_out(adapter, base, source)
         write_json(folder / "stage.json", describe(name, stage, lineage, adapter, folder))
     return adapter.parameters

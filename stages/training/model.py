@@ -1,6 +1,7 @@
 """The model that a stage trains: its parent, with the adapter of the stage's method on it."""
 
 import re
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -8,17 +9,20 @@ import torch
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import MistakeError, first_line, placed
-from stages.files import CHECKPOINTS
+from stages.files import ADAPTER, CHECKPOINTS
 from stages.models.layers import select
 from stages.models.loading import load_model, set_weights
 from stages.settings.stage import Training
 from stages.training.quantize import in_4bit, quantize
 from stages.training.shard import is_divided, load_everywhere, shard
 from stages.weights.checkpoint import open_checkpoint
+
+PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def build(name: str, stage: Training, dtype: torch.dtype, accelerator: Accelerator) -> PeftModel:
@@ -109,6 +113,50 @@ def _refuse_others(stage: Training, wrapped: PeftModel, wanted: set[str]) -> Non
         )
 
 
+@torch.no_grad()
+def sums_of_frozen(model: PeftModel) -> dict[str, int]:
+    """Of each frozen parameter the sum of its bit patterns, which tells whether it was changed, by name."""
+    return {
+        name: int(p.view(PATTERNS[p.element_size()]).sum(dtype=torch.int64))
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    }
+
+
+def refuse_moved(stage: Training, model: PeftModel, before: dict[str, int]) -> None:
+    """Raise a MistakeError if a frozen parameter changed; the sentence begins with the key below `stages.NAME`.
+
+    Args:
+        stage: its settings.
+        model: after the training.
+        before: `sums_of_frozen` of it before that, or nothing where they are not known.
+    """
+    after = sums_of_frozen(model) if before else {}
+    if moved := [name for name, found in before.items() if after.get(name) != found]:
+        raise MistakeError(
+            f"method {stage.method!r} changed {moved[0]}, which layers does not name; choose another method, and report"
+            " it"
+        )
+
+
+def refuse_unsaved(stage: Training, model: PeftModel, folder: Path) -> None:
+    """Raise a MistakeError if an adapter's file lacks something that was trained, or has a number that is not finite.
+
+    The sentence begins with the key below `stages.NAME`.
+    """
+    saved = load_file(folder / ADAPTER[1])
+    for name, values in saved.items():
+        if not values.isfinite().all():
+            raise MistakeError(f"lr {stage.lr} made numbers of {name} infinite; lower it")
+    for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        key = name.replace(".default", "")
+        is_saved = key in saved or f"{key}.weight" in saved
+        if not is_saved and ".lora_E." not in name:  # AdaLoRA's are saved within its lora_A
+            raise MistakeError(
+                f"method {stage.method!r} trained {name} and does not save it; choose another method, and report it"
+            )
+
+
 def _dots(name: str) -> list[int]:
     return [place for place, sign in enumerate(name) if sign == "."]
 
@@ -137,6 +185,13 @@ class _Copy(LNTuningLayer):
             if name in ("base_layer", "ln_tuning_layers"):
                 raise
             return getattr(self._seen, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = hasattr(type(self), name) or name in self.__dict__ or name in self._modules
+        if is_own or not hasattr(self._seen, name):
+            super().__setattr__(name, value)
+        else:  # a state that a model keeps there, such as a recurrence's, and reads within the copy
+            setattr(self._seen, name, value)
 
     def forward(self, *args: Any, **keys: Any) -> Any:
         """The output of what is trained."""

@@ -93,8 +93,17 @@ class Checkpoint:
         return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if not self._holds(head)}
 
     def untied_by(self, changed: Iterable[str]) -> set[str]:
-        """Tied modules that need a weight of their own once these modules change."""
+        """Tied modules that need a weight of their own once these modules change.
+
+        Raises:
+            MistakeError: one lies in a layer, and transformers would have it tied all the same.
+        """
         paths = set(changed)
+        if common := sorted(paths & self.architecture.shared.keys()):
+            raise MistakeError(
+                f"{self.folder}: {common[0]} has its weights in common with {self.architecture.shared[common[0]]}, and"
+                " an adapter changes one of them; use one without these modules"
+            )
         return {head for head, source in self.tied.items() if paths & {head, source}}
 
     def pieces(self, name: str) -> list[Piece]:
@@ -106,6 +115,11 @@ class Checkpoint:
         if not self._holds(name):
             name = self.architecture.tied[name]
         return self.architecture.pieces.get(name, [(name, [])])
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the tensors in its files."""
+        return list(self._where)
 
     def file(self, piece: str) -> TensorFile:
         """Where a tensor is stored, by its name in the file.

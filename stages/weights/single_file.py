@@ -19,10 +19,16 @@ from stages.weights.tensor_file import NAMES, Specification, size
 
 
 class SingleFile:
-    """A safetensors file being written; make it with `single_file`."""
+    """A safetensors file being written; make it with `single_file`.
 
-    def __init__(self, descriptor: int, specifications: dict[str, Specification], metadata: dict[str, str]) -> None:
-        self._descriptor, self._specifications = descriptor, specifications
+    Attributes:
+        path: where it is until it is whole; it can be read there, with zeros for what is not written yet.
+    """
+
+    def __init__(
+        self, path: Path, descriptor: int, specifications: dict[str, Specification], metadata: dict[str, str]
+    ) -> None:
+        self.path, self._descriptor, self._specifications = path, descriptor, specifications
         self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
         end = 0
@@ -96,7 +102,7 @@ def single_file(path: Path, specifications: dict[str, Specification], metadata: 
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            yield SingleFile(file.fileno(), specifications, metadata)
+            yield SingleFile(temporary, file.fileno(), specifications, metadata)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

@@ -31,7 +31,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-PIECE = 1 << 24  # bytes
+PIECE = 1 << 23  # numbers
 
 Specification = tuple[list[int], str]  # shape, safetensors dtype
 
@@ -80,10 +80,12 @@ class TensorFile:
         return self._bytes(*self._header[name]["data_offsets"]).view(DTYPES[dtype]).reshape(shape)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor in one dimension and of its dtype, in pieces of at most PIECE bytes."""
+        """One tensor in one dimension and of its dtype, in pieces of at most PIECE numbers."""
         first, end = self._header[name]["data_offsets"]
-        for start in range(first, end, PIECE):
-            yield self._bytes(start, min(start + PIECE, end)).view(DTYPES[self._header[name]["dtype"]])
+        dtype = DTYPES[self._header[name]["dtype"]]
+        step = PIECE * dtype.itemsize
+        for start in range(first, end, step):
+            yield self._bytes(start, min(start + step, end)).view(dtype)
 
     def _bytes(self, first: int, end: int) -> torch.Tensor:
         return torch.from_numpy(np.fromfile(self.path, np.uint8, end - first, offset=self._start + first))

@@ -20,6 +20,7 @@ from stages.models.room import add_adapters, add_neurons
 from stages.models.source import locate
 from stages.settings.base import Base
 from tests.conftest import COMMON, PARAMS, make_base, make_tokenizer
+from tests.stages.models.test_every_architecture import TINY, build
 
 
 def use(model, dtype="float32"):
@@ -113,6 +114,28 @@ def test_a_model_that_is_not_there_is_one_sentence(project, model, sentence):
 def test_a_quantised_model_is_one_sentence(project, key, config, method):
     write_json(Path("model/config.json"), read_json(Path("model/config.json")) | {key: config})
     with pytest.raises(MistakeError, match=rf"^params.yaml: base.model 'model' is quantised \({method}\)"):
+        base.main()
+    assert not BASE.exists()
+
+
+def test_a_model_of_another_type_is_refused_by_its_name(project):
+    AutoConfig.for_model("llava").save_pretrained("model")
+    with pytest.raises(MistakeError, match=r"^params.yaml: base.model 'model' is of type llava, of which transformers"):
+        base.main()
+    assert not BASE.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("reformer", r"base.model 'model' makes no logits of tokens alone to be trained by \(no gradient comes"),
+        ("zamba", r"stages.sums.layers names model.layers.0.shared_transf.* weights in common with model.layers.2"),
+    ],
+)
+def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(project, kind, sentence):
+    build(kind, TINY | {"num_hidden_layers": 3}).save_pretrained("model")
+    with pytest.raises(MistakeError, match=f"^params.yaml: {sentence}"):
         base.main()
     assert not BASE.exists()
 

@@ -29,6 +29,7 @@ from stages.models.losses import mean_loss
 from stages.project.params import load_params
 from stages.weights.checkpoint import open_stages
 from tests.conftest import COMMON, make_base, make_stage, make_tokenizer
+from tests.stages.models.test_every_architecture import TINY, build
 
 TEXTS = {"on": [torch.arange(1, 20), torch.arange(3, 30)], "off": [torch.arange(5, 40, 2), torch.arange(60, 90)]}
 
@@ -244,3 +245,14 @@ def test_the_whole_probe_of_a_project(project):
         r for r in found["names"]["ablation"] if r["stage"] == "names" and r["layers"] == [2] and r["dataset"] == "sums"
     )
     assert row["without"] == pytest.approx(truth, rel=1e-4) and row["without"] != row["loss"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "granite"])
+def test_the_last_lens_is_what_the_model_says_with_its_logits_scaled_and_capped(kind):
+    model = build(kind, TINY | {"head_dim": 8})
+    model.set_attn_implementation("eager")
+    texts = [torch.arange(1, LENS + 2), torch.arange(9, LENS + 10)]
+    with torch.no_grad():
+        truth = [model(input_ids=text[None]).logits[0, 1:].log_softmax(-1) for text in texts]
+    for found, own in zip(watch(model, texts), truth, strict=True):
+        assert torch.allclose(found.lens[-1], own, rtol=0, atol=1e-5)

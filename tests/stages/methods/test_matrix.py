@@ -22,7 +22,7 @@ from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.settings.merge import Merge
 from stages.settings.stage import Training
 from stages.training.loop import Run
-from stages.training.model import put_on
+from stages.training.model import put_on, refuse_moved, refuse_unsaved, sums_of_frozen
 from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base
 from tests.stages.test_train import make_examples
@@ -89,6 +89,7 @@ def fresh():
 def publish_stage(stage, model):
     with publish(CHECKPOINTS / "one") as folder:
         stage.save(model, folder)
+        refuse_unsaved(stage, model, folder)
         write_json(folder / "stage.json", {"name": "one", "parent": "base"})
 
 
@@ -116,11 +117,13 @@ def test_a_method(name, model):
     with torch.no_grad():
         assert torch.allclose(wrapped.eval()(ids).logits, untouched, rtol=0, atol=1e-5)  # it starts from its parent
     frozen = {name: p.clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
+    sums = sums_of_frozen(wrapped)
     run, examples = Run(wrapped.train(), stage, Accelerator()), make_examples(4)
     losses = [run.step([examples], step)["loss"] for step in range(stage.steps)]
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in wrapped.named_parameters() if name in frozen)
 
+    refuse_moved(stage, wrapped, sums)
     publish_stage(stage, wrapped)
     with torch.no_grad():
         truth = wrapped.eval()(ids).logits

@@ -4,18 +4,24 @@ import copy
 import shutil
 import signal
 import warnings
-from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from analysis.changes.deltas import measure
+from analysis.probe import probe, probe_base, watch_all
+from analysis.running.watching import LENS, load_eager
 from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, publish, write_json
@@ -29,12 +35,12 @@ from stages.models.losses import pad, token_losses
 from stages.settings.merge import Merge
 from stages.training.loop import Run
 from stages.training.model import load_parent, put_on
-from stages.weights.checkpoint import open_stages
+from stages.weights.checkpoint import open_base, open_model, open_stages
 from tests.conftest import PARAMS, ROOT, make_tokenizer
 from tests.stages.models.test_losses import whole
 from tests.stages.test_train import make_examples
 
-SECONDS = 20  # for one type
+SECONDS = 40  # for one type
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -66,6 +72,40 @@ ATTEMPTS = [
     TINY | {"head_dim": 8, "num_key_value_heads": 4, "num_heads": 8},  # Mamba 2 expands its width
 ]
 
+ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+OF_TYPE = {  # what a type of three layers has otherwise
+    "axk1": ONE_GROUP,
+    "bailing_hybrid": ONE_GROUP,
+    "bart": {"encoder_layers": 5},  # of which a causal language model has none
+    "blt": {f"{part}_config": SMALL for part in ("encoder", "decoder", "global", "patcher")}
+    | {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_top_k": 2},
+    },
+    "dots1": ONE_GROUP,
+    "dots3_note_text": RANKS
+    | {"head_dim": 16, "num_key_value_heads": 4, "use_sliding_window": False}
+    | {"index_head_dim": 16, "index_n_heads": 2, "shared_experts_intermediate_size": 64},
+    "git": {"vision_config": SMALL | {"image_size": 32, "patch_size": 16}},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "phi4_multimodal": {
+        "vision_config": SMALL | {"image_size": 28, "crop_size": 28},
+        "audio_config": SMALL
+        | {"num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 16},
+    },
+    "reformer": {"attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False, "feed_forward_size": 64}
+    | {"attention_head_size": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
 
 class LateError(BaseException):
     """A type took longer than its time; no `except Exception` holds it up."""
@@ -87,9 +127,13 @@ def time_limit():
 
 def build(kind, keys):
     """A tiny model whose logits, wherever a setting can rescale them, are rescaled."""
-    text = AutoConfig.for_model(kind).get_text_config(decoder=True)
+    whole = AutoConfig.for_model(kind)
+    text = whole.get_text_config(decoder=True)
+    if type(text) is type(whole):
+        text = whole  # and not a copy in which the decoder's settings have other names
     known = text.to_dict()
     keys = {key: value for key, value in keys.items() if key in known or key in text.attribute_map}
+    keys |= OF_TYPE.get(text.model_type, {})
     rescaled = {key for key, value in known.items() if isinstance(value, float) and ("logit" in key or "lm_h" in key)}
     config = type(text)(**keys | dict.fromkeys(rescaled, 0.5))
     with torch.device("meta"):
@@ -164,6 +208,10 @@ LEARNT = ("lora", "full", "ln")
 def save_source(model):
     model.save_pretrained("model")
     make_tokenizer().save_pretrained("model")
+
+
+def write_project(method):
+    Path("params.yaml").write_text(PARAMS.partition("  words:")[0] + "stages:\n" + STAGE.format(method=method))
     Path("sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 60)
 
 
@@ -175,7 +223,7 @@ def weights_in(wrapped):
     return {name.replace(COPY, "."): weights for name, weights in found if ".base_layer." not in name}
 
 
-def follow(method, ids):
+def follow(method, batch):
     """Train `method` on layers 1 and 2 of model/, merge it, and hold each step against the model in memory.
 
     Raises:
@@ -183,7 +231,7 @@ def follow(method, ids):
     """
     for folder in (BASE, CHECKPOINTS / "sums", MERGED):
         shutil.rmtree(folder, ignore_errors=True)
-    Path("params.yaml").write_text(PARAMS.partition("  words:")[0] + "stages:\n" + STAGE.format(method=method))
+    write_project(method)
     base.main()
     stage = METHODS[method](parent="base", dataset="sums", method=method, lr=0.01, steps=2, layers="1-2")
     torch.manual_seed(0)
@@ -195,6 +243,7 @@ def follow(method, ids):
     with publish(CHECKPOINTS / "sums") as folder:
         stage.save(wrapped, folder)
         write_json(folder / "stage.json", {"name": "sums", "parent": "base"})
+    ids = batch.ids
     with torch.no_grad():
         truth = wrapped.eval()(input_ids=ids, use_cache=False).logits
     trained = weights_in(wrapped)
@@ -212,12 +261,43 @@ def follow(method, ids):
                 same = name not in before or torch.equal(found[name], before[name])
                 assert same or layer in (1, 2), f"{name} is not in layers 1 and 2, and changed"
             assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, rtol=0, atol=1e-4)
+            assert torch.allclose(token_losses(model, batch)[0], whole(loaded, batch), rtol=1e-4, atol=1e-4)
     source, file = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
     assert source.keys() == file.keys(), f"{sorted(source.keys() ^ file.keys())[:3]} are other names than the base's"
     assert any(not torch.equal(file[name], source[name]) for name in source), "nothing changed"
 
 
-SOME = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "nemotron_h", "mamba2", "phimoe", "gpt_neox", "olmo_hybrid"]
+@torch.no_grad()
+def look(ids):
+    """Probe and measure what `follow` left: what the merged model says is as far from the base as their logits are."""
+    merge = Merge(weights={"sums": 1.0}, dtype="float32")
+    checkpoint, stages = open_stages(["sums"])
+    merged, base = open_model("merged"), open_base()
+    texts = {"on": [ids], "off": [ids]}
+    before = watch_all(load_eager(base), texts)
+    facts = [probe_base(base, texts["off"], before["off"]), probe(merged, base, texts, before)]
+    old, new = (
+        load_eager(each)(input_ids=ids[None], use_cache=False).logits[0, 1:].log_softmax(-1) for each in (base, merged)
+    )
+    divergence = float((old.exp() * (old - new)).sum(-1).mean())
+    assert facts[1]["on"]["kl"]["mean"] == pytest.approx(divergence, rel=1e-2, abs=1e-5)
+    assert divergence > 0 and max(facts[1]["on"]["drift"]["mean"]) > 0
+    measured = measure(stages, Merged(checkpoint, stages, merge), merged)
+    assert (measured.rows["max_abs"] > 0).any()
+
+
+SOME = [
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen2_moe",
+    "nemotron_h",
+    "mamba2",
+    "phimoe",
+    "gpt_neox",
+    "olmo_hybrid",
+    "bart",
+]
 REFUSED = {("mamba2", "lora")}
 
 
@@ -232,12 +312,24 @@ def test_what_is_trained_is_what_is_merged(kind):
             with pytest.raises(MistakeError, match=r"does not go beside out_proj of .*, whose kernels read the weight"):
                 follow(method, batch.ids)
         else:
-            follow(method, batch.ids)
+            follow(method, batch)
+    look(torch.arange(1, LENS + 2))
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_attention_heads": 4}
 WHOLE = {
     "qwen3_5": {"vision_config": VISION | {"depth": 2, "out_hidden_size": 32, "num_position_embeddings": 16}},
+    "emu3": {
+        "vq_config": {"base_channels": 32, "hidden_size": 32, "codebook_size": 16, "embed_dim": 4}
+        | {"channel_multiplier": [1, 1], "num_res_blocks": 1},
+        "vocabulary_map": {"<image>": 3},
+    },
+    "mllama": {
+        "vision_config": VISION
+        | {"num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
+        | {"image_size": 28, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+        "image_token_index": 120,
+    },
     "gemma3": {  # its vision tower has as many layers as its text model
         "vision_config": VISION | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
         "mm_tokens_per_image": 4,
@@ -246,30 +338,32 @@ WHOLE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", WHOLE)
-def test_images_and_text_train_the_text_and_keep_the_rest(kind):
+def build_whole(kind):
+    """A tiny model of images and text, whose text model has three layers."""
     torch.manual_seed(0)
     known = AutoConfig.for_model(kind).get_text_config(decoder=True).to_dict()
     keys = TINY | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 3}
-    keys |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    keys |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "cross_attention_layers": [1]}
     text = {key: value for key, value in keys.items() if key in known}
-    save_source(AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, text_config=text, **WHOLE[kind])))
-    ids = torch.arange(1, 20)[None]
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, text_config=text, **WHOLE[kind]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3"])
+def test_images_and_text_train_the_text_and_keep_the_rest(kind):
+    save_source(build_whole(kind))
+    batch = pad(make_examples(4), 0)
     for method in LEARNT:
-        follow(method, ids)
+        follow(method, batch)
         model, report = AutoModelForImageTextToText.from_pretrained(
             MERGED, dtype=torch.float32, output_loading_info=True
         )
         assert type(model).__name__.endswith("ForConditionalGeneration") and not report["missing_keys"]
         with torch.no_grad():
             part = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32)
-            assert torch.equal(model.eval()(input_ids=ids).logits, part.eval()(input_ids=ids).logits)
+            assert torch.equal(model.eval()(input_ids=batch.ids).logits, part.eval()(input_ids=batch.ids).logits)
         before, after = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
         assert all(torch.equal(after[name], before[name]) for name in before if ".vis" in name)
-
-
-UNRESOLVED = {("recurrent_gemma", "full")}  # it keeps a state between batches, and with it what backward has freed
 
 
 @pytest.mark.slow
@@ -278,51 +372,97 @@ UNRESOLVED = {("recurrent_gemma", "full")}  # it keeps a state between batches, 
 def test_every_type_is_exact_or_refused():
     batch = pad(make_examples(4), 0)
     found = {kind: outcomes(kind, batch) for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
-    made = {kind: told for kind, told in found.items() if "not made" not in told[0]}
-    wrong = {kind: told for kind, told in made.items() if any(each.startswith("wrong") for each in told)}
-    assert not wrong
-    counts = Counter(each == "exact" for told in made.values() for each in told)
-    assert counts[True] >= 0.9 * counts.total()
     page = write_page(found)
     Path("architectures.md").write_text(page)
+    assert not {kind: told for kind, told in found.items() if any("wrong" in each for each in told.values())}
+    assert sum("exact" in told.values() for told in found.values()) >= 0.9 * len(found)
     same = (ROOT / "docs/architectures.md").read_text() == page
     assert same, f"docs/architectures.md is old; {Path('architectures.md').resolve()} is as it should be"
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_causal_language_model_is_refused_by_its_name():
+    for kind in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()):
+        save_config(kind)
+        with pytest.raises(MistakeError, match=f"is of type {kind}, of which transformers has no causal language"):
+            base.main()
+
+
+ALL = "every method"
+
+
 def outcomes(kind, batch):
-    """What becomes of each method on a type: `exact`, or why not."""
+    """What becomes of each method on a type: `exact`, or why not; by `every method` where no model of it is taken."""
     try:
         with time_limit():
-            model, _ = first_that_runs(kind, batch, layers=3)
-            save_source(model)
+            save_source(build_whole(kind) if kind in WHOLE else first_that_runs(kind, batch, layers=3)[0])
     except (LateError, RuntimeError) as error:
-        return [f"not made here: {str(error)[:80]}"]
-    return [outcome(kind, method, batch.ids) for method in LEARNT]
+        return {ALL: refusal(kind) or f"not made here: {str(error)[:80]}"}
+    found = {method: outcome(kind, method, batch) for method in LEARNT}
+    is_same = set(found.values()) == {found["lora"]} != {"exact"}
+    return {ALL: found["lora"]} if is_same else found
 
 
-def outcome(kind, method, ids):
+def refusal(kind):
+    """The sentence of the base stage about a type of which not even its own settings make a model; else None."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
+    except Exception:  # each type has its own
+        with suppress(StrictDataclassClassValidationError):  # a config that is wrong unless it is given more
+            save_config(kind)
+            try:
+                base.main()
+            except MistakeError as error:
+                return f"refused: {error}"
+    return None
+
+
+def save_config(kind):
+    """A folder that claims to have a model of a type in it."""
+    shutil.rmtree("model", ignore_errors=True)
+    AutoConfig.for_model(kind).save_pretrained("model")
+    save_file({"weight": torch.zeros(1)}, "model/model.safetensors", {"format": "pt"})
+    write_project("lora")
+
+
+UNRESOLVED = {  # trained, merged and loaded exactly, but not probed
+    "prophetnet": "the probe's lens is not the model's, whose output layer reads several streams",
+    "xlnet": "the probe fails, for the model does not run in bfloat16",
+}
+
+
+def outcome(kind, method, batch):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with time_limit():
-            follow(method, ids)
+            follow(method, batch)
+            if method == "lora":
+                look(torch.arange(1, LENS + 2))
     except MistakeError as error:
         return f"refused: {error}"
     except LateError:
         return "too slow here"
     except Exception as error:
-        return "does not train" if (kind, method) in UNRESOLVED else f"wrong: {error!r}"
+        return UNRESOLVED.get(kind, f"wrong: {error!r}")
     return "exact"
 
 
 def write_page(found):
-    exact = [kind for kind, told in found.items() if told == ["exact"] * len(LEARNT)]
-    rows = [f"| {kind} | {' | '.join((told * 3)[:3])} |" for kind, told in found.items() if kind not in exact]
+    exact = [kind for kind, told in found.items() if set(told.values()) == {"exact"}]
+    rows = []
+    for kind, told in found.items():
+        for text in dict.fromkeys(each for each in told.values() if each != "exact"):
+            rows.append(f"| {kind} | {', '.join(method for method in told if told[method] == text)} | {text} |")
     return (
         "# Architectures\n\n"
-        "Made by `pytest tests/stages/models/test_every_architecture.py`: for every causal language model type of"
-        " transformers a tiny random\nmodel is taken as base, trained on two of its three layers, saved, merged and"
-        " loaded by plain transformers. `exact`: its\nweights and logits are those of the trained model in memory,"
-        " nothing else moved, and the file has the names of the base's.\n\n"
-        f"{len(exact)} of {len(found)} types are exact with `lora`, `full` and `ln`: {', '.join(exact)}.\n\n"
-        "| the others | `lora` | `full` | `ln` |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        "Made by `pytest -m exhaustive tests/stages/models/test_every_architecture.py`: for every causal language model"
+        " type of\ntransformers a tiny random model is taken as base, trained on two of its three layers, saved,"
+        " merged, loaded by plain\ntransformers, probed and measured. `exact`: its weights, logits and losses are"
+        " those of the trained model in memory,\nnothing else moved, and the file has the names of the base's.\n\n"
+        f"Of {len(found)} types {sum('exact' in told.values() for told in found.values())} are exact with every method"
+        f" that goes with them, {len(exact)} of these with `lora`, `full` and `ln` alike: {', '.join(exact)}.\n\n"
+        "| the others | method | what becomes of it |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
