@@ -150,7 +150,7 @@ def refuse_unsaved(stage: Training, model: PeftModel, folder: Path) -> None:
             raise MistakeError(f"lr {stage.lr} made numbers of {name} infinite; lower it")
     for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
         key = name.replace(".default", "")
-        is_saved = key in saved or f"{key}.weight" in saved
+        is_saved = not saved.keys().isdisjoint([key, f"{key}.weight", key.removesuffix(".weight")])
         if not is_saved and ".lora_E." not in name:  # AdaLoRA's are saved within its lora_A
             raise MistakeError(
                 f"method {stage.method!r} trained {name} and does not save it; choose another method, and report it"
