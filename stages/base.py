@@ -18,8 +18,7 @@ from stages.models.source import (
     files_of,
     forget_quantisation,
     locate,
-    refuse_other_types,
-    refuse_quantised,
+    refuse_unfit,
     refuse_speechless,
     refuse_unsound,
     resolve_dtype,
@@ -36,8 +35,7 @@ def main() -> None:
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
     try:
-        refuse_other_types(settings.model, source)
-        refuse_quantised(settings.model, source)
+        refuse_unfit(settings.model, source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             dtype=dtype,
             trust_remote_code=False,

@@ -118,28 +118,11 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def refuse_quantised(name: str, source: dict[str, Any]) -> None:
-    """Raise a MistakeError for weights that are kept as whole numbers or in eight bits, a .gguf file's excepted.
+def refuse_unfit(name: str, source: dict[str, Any]) -> None:
+    """Raise a MistakeError for what no stage can be trained on, as its config.json tells; a .gguf file is dequantised.
 
-    Args:
-        name: what params.yaml calls the model.
-        source: what `locate` found.
-    """
-    if "gguf_file" in source:
-        return
-    config, _ = PreTrainedConfig.get_config_dict(**source)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # one for text, one for images
-    for key in ("quantization_config", "compression_config"):
-        if found := next((part[key] for part in parts if part.get(key)), None):
-            method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "an unknown way")
-            raise MistakeError(
-                f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
-                " weights; give the model that it was made from, in float or bfloat16"
-            )
-
-
-def refuse_other_types(name: str, source: dict[str, Any]) -> None:
-    """Raise a MistakeError for a type of model of which transformers has no causal language model.
+    That is a type of model of which transformers has no causal language model, and weights that are kept as whole
+    numbers or in eight bits.
 
     Args:
         name: what params.yaml calls the model.
@@ -154,6 +137,14 @@ def refuse_other_types(name: str, source: dict[str, Any]) -> None:
             f"params.yaml: base.model {name!r} is of type {kind}, of which transformers has no causal language model;"
             " docs/architectures.md has the types to choose from"
         )
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # one for text, one for images
+    for key in ("quantization_config", "compression_config"):
+        if found := next((part[key] for part in parts if part.get(key)), None):
+            method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "an unknown way")
+            raise MistakeError(
+                f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
+                " weights; give the model that it was made from, in float or bfloat16"
+            )
 
 
 def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
