@@ -6,7 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
@@ -26,6 +32,9 @@ from stages.models.source import (
 )
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("length_penalty", "early_stopping", "diversity_penalty", "num_beam_groups", "constraints")
 
 
 def main() -> None:
@@ -71,6 +80,7 @@ def main() -> None:
     config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
     if config.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
         config.do_sample = False
+    forget_idle(config)
     with publish(BASE) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -111,6 +121,15 @@ def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
         whole.save_pretrained(folder)
     for path in source.glob("*processor_config.json"):
         shutil.copy(path, folder)
+
+
+def forget_idle(config: GenerationConfig) -> None:
+    """Take out what has no effect without sampling or beams, with which transformers refuses to write the config."""
+    idle = [] if config.do_sample else list(SAMPLING)
+    idle += [] if (config.num_beams or 1) > 1 else list(BEAMS)
+    for key in idle:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, None)
 
 
 def stop_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

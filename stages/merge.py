@@ -94,6 +94,8 @@ def copy_companions(merged: Merged, folder: Path) -> None:
         if path.suffix != ".safetensors" and path.name not in NOT_COPIED:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
+    for part in (value for value in config.values() if isinstance(value, dict) and "dtype" in value):
+        part["dtype"] = merged.merge.dtype
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False
         if "text_config" in config:

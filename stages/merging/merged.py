@@ -65,10 +65,12 @@ class Merged:
     def specification(self, name: str) -> Specification:
         """Shape and safetensors dtype of one parameter in the file.
 
-        The dtype is `merge.dtype`; what the base holds in another dtype than most of its weights keeps that.
+        The dtype is `merge.dtype`; what the base holds in another dtype than most of its weights keeps that, and so
+        does what is beside its text model.
         """
         shape, stored = self.base.specification(name)
-        return shape, NAMES[getattr(torch, self.merge.dtype)] if stored == self.base.dtype else stored
+        is_merged = stored == self.base.dtype and name not in self.base.beside
+        return shape, NAMES[getattr(torch, self.merge.dtype)] if is_merged else stored
 
     def layout(self) -> dict[str, Specification]:
         """Shape and safetensors dtype of every tensor of the file, which has the names of the base's."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
@@ -157,10 +157,11 @@ class Architecture:
         for group, text in setting.items():
             members = [path for path in self.modules if group in self._names(path)]
             if not members:
-                names = {self.place(path)[1].rpartition(".")[2] for path in self.modules}
+                groups = {name for path in self.modules for name in self._names(path)} & {*get_args(Group)} - {""}
+                names = {self.place(path)[1].rpartition(".")[2] for path in self.modules} - groups
                 raise MistakeError(
                     f"layers names {group!r}, which no module of the model is called;"
-                    f" write attention, mlp, experts, router, norms, embeddings or one of {', '.join(sorted(names))}"
+                    f" write {', '.join(sorted(groups))} or one of {', '.join(sorted(names))}"
                 )
             chosen = {OUTSIDE, *parse(text, self.layers)}
             found |= {path for path in members if self.place(path)[0] in chosen}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import MistakeError
+from stages.files import read_json
 
 REST = "model.rest.safetensors"  # beside the weights of the text model: the other parts of the checkpoint
 COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buffers in files of older versions
@@ -25,6 +26,25 @@ Index = list[int | list[int]]
 """What part of a parameter: for each of its leading dimensions a position, or [start, end]; [] is all of it."""
 Piece = tuple[str, Index]
 """A tensor of a file, and the part of the parameter that it is."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: one, or those that its index names, and what is beside its text model.
+
+    Raises:
+        MistakeError: the index does not name files of this folder.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    rest = [folder / REST] if (folder / REST).exists() else []
+    if whole.exists() or not index.exists():
+        return [whole, *rest] if whole.exists() else []
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise MistakeError(f"{index} does not name files of its folder; download the model again") from None
+    return [*(folder / name for name in names), *rest]
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:
@@ -73,7 +93,7 @@ def _files(folder: Path) -> dict[str, Any]:
     """The open safetensors file that each tensor of a model's folder is in."""
     from safetensors import safe_open
 
-    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("model*.safetensors"))]
+    files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118  # it is no dictionary
 
 

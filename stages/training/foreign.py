@@ -98,6 +98,7 @@ REFUSED = {
 }
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "modules_to_save", "default"}
+ORIGINAL = ".original_module."  # the base's own weights, beside what was trained in their place
 TEXT = "language_model"  # what a text model is called inside one of images and text
 
 
@@ -143,7 +144,8 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
             no tensor, or a number is not finite.
     """
     wanted, known = _tensors_of_peft(file.path.parent, config)
-    names = {key: next((name for name in _spellings(key) if name in known), key) for key in file}
+    keys = [key for key in file if ORIGINAL not in key]
+    names = {key: next((name for name in _spellings(key) if name in known), key) for key in keys}
     for key, name in names.items():
         shape, _ = file.specification(key)
         if name not in known:

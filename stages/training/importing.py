@@ -39,7 +39,7 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     names = names_in_peft(file, read_config(config))
     with publish(CHECKPOINTS / name) as folder:
         shutil.copy(config, folder)
-        if is_same := all(key == peft for key, peft in names.items()):
+        if is_same := {key: key for key in file} == names:
             shutil.copy(weights, folder)
         else:
             save_file({peft: file.read(key) for key, peft in names.items()}, folder / weights.name, {"format": "pt"})
@@ -65,11 +65,16 @@ def try_out(adapter: Adapter, base: Checkpoint, source: Path) -> None:
     kinds = {adapter.architecture.place(path)[1]: path for path in sorted(adapter.modules)}
     for path in kinds.values():
         try:
-            adapter.apply(path, base.module(path))
+            merged = adapter.apply(path, base.module(path))
         except Exception as error:  # PEFT raises what it likes for what it cannot do
             raise MistakeError(
                 f"{source}: the adapter on {path} cannot be merged ({first_line(error)}); use one without this module"
             ) from None
+        if not all(values.isfinite().all() for values in merged.values()):
+            raise MistakeError(
+                f"{source}: the adapter makes numbers of {path} infinite; correct lora_alpha or what scales it in"
+                " adapter_config.json, or take an adapter that trained well"
+            )
 
 
 def describe(name: str, stage: Imported, lineage: dict[str, str], adapter: Adapter, folder: Path) -> dict[str, Any]:

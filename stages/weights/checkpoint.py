@@ -14,30 +14,11 @@ from pathlib import Path
 import torch
 
 from stages.errors import MistakeError
-from stages.files import BASE, CHECKPOINTS, MERGED, read_json, read_record
+from stages.files import BASE, CHECKPOINTS, MERGED, read_record
 from stages.models.architecture import Architecture
-from stages.models.names import REST, Piece, assemble, whole_shape
+from stages.models.names import REST, Piece, assemble, weight_files, whole_shape
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile, size
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: one, or those that its index names, and what is beside its text model.
-
-    Raises:
-        MistakeError: the index does not name files of this folder.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    rest = [folder / REST] if (folder / REST).exists() else []
-    if whole.exists() or not index.exists():
-        return [whole, *rest] if whole.exists() else []
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise MistakeError(f"{index} does not name files of its folder; download the model again") from None
-    return [*(folder / name for name in names), *rest]
 
 
 class Checkpoint:
@@ -79,10 +60,17 @@ class Checkpoint:
         return modules
 
     @cached_property
+    def beside(self) -> set[str]:
+        """Names of what is no part of the text model, such as a vision tower; it is carried over in its own dtype."""
+        return {name for name, file in self._where.items() if file.path.name == REST}
+
+    @cached_property
     def dtype(self) -> str:
-        """The safetensors dtype of most of its numbers, such as `BF16`."""
+        """The safetensors dtype of most of its text model's numbers, such as `BF16`."""
         bytes_of: Counter[str] = Counter()
         for name, file in self._where.items():
+            if name in self.beside:
+                continue
             bytes_of[file.specification(name)[1]] += size(file.specification(name))
         return bytes_of.most_common(1)[0][0]
 
