@@ -56,6 +56,7 @@ TURNS = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
         (None, {"eos_token_id": 0}, [0]),
         (TURNS, {"eos_token_id": 0}, [0, 128]),  # a turn of the chat template ends with another token
         (TURNS, {"eos_token_id": [5, 0], "repetition_penalty": 1.5}, [0, 5, 128]),
+        (None, {"eos_token_id": 0, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "length_penalty": 0.5}, [0]),
     ],
 )
 def test_the_generation_config_stops_at_all_that_ends_an_answer(project, template, config, stops):
@@ -71,7 +72,7 @@ def test_the_generation_config_stops_at_all_that_ends_an_answer(project, templat
     base.main()
     found = read_json(BASE / "generation_config.json")
     assert found["eos_token_id"] == stops and found["do_sample"] is False
-    assert found.get("repetition_penalty") == config.get("repetition_penalty")
+    assert found.get("repetition_penalty") == config.get("repetition_penalty") and "temperature" not in found
 
 
 def test_layers_that_the_new_model_does_not_have_are_told_before_training(project):

@@ -258,6 +258,15 @@ def test_names_of_other_tools_and_versions_are_those_of_peft(outside, old, new):
     assert_stage_is(truth)
 
 
+def test_the_bases_own_weights_beside_trained_ones_are_left_out(outside):
+    outside(LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"]))
+    truth = by_peft()
+    own = load_base().state_dict()["lm_head.weight"]
+    rewrite(lambda tensors: tensors | {"base_model.model.lm_head.original_module.weight": own})
+    imported()
+    assert_stage_is(truth)
+
+
 def test_a_key_that_is_left_out_is_pefts_default(outside):
     outside(LoraConfig(target_modules=["q_proj"], r=2))
     keys = ("peft_type", "r", "target_modules")
@@ -383,6 +392,7 @@ def pickled():
         (lambda: CONFIG.write_text("{"), "", "outside/adapter_config.json is not valid JSON"),
         (lambda: CONFIG.write_text('{"fine_tune_type": "lora"}'), "", "has no peft_type, so it is not PEFT's"),
         (configured(peft_type="VBLORA"), "", "peft_type is 'VBLORA', whose modules cannot be merged one by one"),
+        (configured(lora_alpha=1e300), "", "outside: the adapter makes numbers of model.layers."),
         (configured(new_key=1), "", "outside/adapter_config.json: new_key is no key of PEFT"),
         (configured(r=4), "", "q_proj.lora_A.weight of [4, 32] that adapter_config.json makes on this base"),
         (configured(lora_alpha="x"), "", "outside/adapter_config.json is refused by PEFT on this base"),
