@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from stages.errors import MistakeError
 from stages.files import CHECKPOINTS
 from stages.models.loading import load_tokenizer
 from stages.models.losses import Batch, pad
@@ -104,12 +105,21 @@ class Protection:
     Args:
         model: the wrapped model, before its first step.
         stages: names of the protected stages, which remember their inputs.
+
+    Raises:
+        MistakeError: nothing is left to train.
     """
 
     def __init__(self, model: Any, stages: list[str]) -> None:
         remembered = [load_file(CHECKPOINTS / stage / BASES) for stage in stages]
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and ".lora_B." not in name]
         self._kept = [_keep(model, name.removeprefix(PREFIX), parameter, remembered) for name, parameter in trained]
+        if all(kept.basis is None for kept in self._kept):
+            raise MistakeError(
+                f"params.yaml: a stage that protects {', '.join(stages)} has nothing left to train, for norms, biases,"
+                " experts and routers act on every input; name weight matrices in layers, or use replay in place of"
+                " protect"
+            )
         self()
 
     def __call__(self) -> None:

@@ -16,7 +16,7 @@ from stages.models.losses import pad
 from stages.project.params import load_params
 from stages.training.loop import Run
 from stages.training.model import put_on
-from stages.training.protection import BASES, input_bases, save_bases
+from stages.training.protection import BASES, Protection, input_bases, save_bases
 from tests.conftest import make_base
 from tests.stages.test_train import make_examples, make_stage, prepare
 
@@ -52,6 +52,16 @@ def test_the_bases_hold_the_energy_that_was_asked_for():
         count = int((spectrum.cumsum(0) / spectrum.sum() < 0.9).sum()) + 1
         assert basis.shape[1] == count
         assert (rows @ basis).square().sum() / rows.square().sum() > 0.9 - 1e-6
+
+
+def test_a_stage_to_which_protection_leaves_nothing_is_refused():
+    make_base("llama-untied")
+    model, batch = AutoModelForCausalLM.from_pretrained(BASE), pad(make_examples(), 0)
+    (CHECKPOINTS / "first").mkdir(parents=True)
+    save_bases(input_bases(model, matrices(model), [batch], 0.9), CHECKPOINTS / "first")
+    wrapped = put_on(make_stage("ln"), model, torch.float32)
+    with pytest.raises(MistakeError, match="protects first has nothing left to train, for norms, biases, experts"):
+        Protection(wrapped, ["first"])
 
 
 @pytest.mark.parametrize("architecture", ["llama-untied", "gpt2"])
