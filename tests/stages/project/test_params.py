@@ -131,7 +131,7 @@ MISTAKES = {
     "a module of another model": (
         "layers: 0-1",
         "layers: {c_attn: all}",
-        "stages.sums.layers names 'c_attn', which no module of the model is called; write attention, mlp,",
+        "stages.sums.layers names 'c_attn', which no module of the model is called; write attention, embeddings,",
     ),
     "nothing to train": (
         "method: lora\n    layers: 0-1",
