@@ -40,7 +40,7 @@ class Proof:
         for path in self._base.untied_by(self._merged.adapted()):
             for name in (f"{path}.{parameter}" for parameter in self._base.parameters(path)):
                 wanted[name] = self._base.specification(name)
-        own, wanted = self._base.beside, dict(wanted)
+        own = self._base.beside
         wanted = {n: (shape, dtype if n in own else dtypes.get(dtype, dtype)) for n, (shape, dtype) in wanted.items()}
         found: dict[str, Specification] = {name: self._file.specification(name) for name in self._file}
         if wrong := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):

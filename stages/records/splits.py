@@ -47,10 +47,7 @@ def split(
     """
     found, order = records.found, array("Q")
     questions, wholes = array("Q"), array("Q")
-    earlier, ends = (
-        array("Q"),
-        array("Q"),
-    )  # questions before the last of each chat, and where in them each record's end
+    earlier, ends = array("Q"), array("Q")  # questions before each chat's last, and where those of a record end
     for place, record in enumerate(records):
         *before, last = map(_hash, asked_in(record))
         questions.append(last)

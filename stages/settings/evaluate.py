@@ -11,5 +11,4 @@ class Evaluate(Settings):
     batch_size: int = Field(default=64, gt=0)
     """Examples at once in memory."""
     max_new_tokens: int = Field(default=256, gt=0)
-    """Tokens of an answer at most; what is longer is cut before it is scored. Where `score` is `exact`, none is longer
-    than the longest reference, which is quicker."""
+    """Tokens of an answer at most; what is longer is cut before it is scored, and the report says how many were."""
