@@ -109,16 +109,18 @@ class Repro:
         reading, writing = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            os.setsid()
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            code = 1
             try:
+                os.setsid()
+                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
                 Told(writing).repro()
+                code = 0
             except BaseException:
                 traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+            finally:
+                os._exit(code)
         os.close(writing)
         self.starts = os.fdopen(reading)
         self.dvc = psutil.Process(self.pid)

@@ -80,8 +80,9 @@ else:
 common = dict(
     output_dir="out", max_steps=stage.steps, per_device_train_batch_size=stage.batch_size, learning_rate=stage.lr,
     lr_scheduler_type=stage.schedule, warmup_steps=-(-stage.steps // 10), max_grad_norm=stage.clip, weight_decay=0.0,
-    logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=dtype == "bfloat16", disable_tqdm=True,
-    remove_unused_columns=False, dataloader_pin_memory=False, train_sampling_strategy="sequential",
+    logging_steps=1, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
+    bf16=dtype == "bfloat16", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+    train_sampling_strategy="sequential",
 )
 tokenizer = AutoTokenizer.from_pretrained("checkpoints/base")
 if tokenizer.pad_token_id is None:

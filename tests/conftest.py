@@ -99,6 +99,12 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests know the numbers of the processor; none but those of `-m gpu` see a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test runs in an empty folder of its own, away from the repository's outputs."""

@@ -81,7 +81,11 @@ class Pipeline:
         self.ran.add(env["DVC_STAGE"])
         child = os.fork()
         if not child:
-            os._exit(_run_here(shlex.split(cmd), cwd, env))
+            code = 1
+            try:
+                code = _run_here(shlex.split(cmd), cwd, env)
+            finally:  # nothing of the parent's stack is to end here a second time
+                os._exit(code)
         _, status = os.waitpid(child, 0)
         if status:
             raise StageCmdFailedError(cmd, os.waitstatus_to_exitcode(status))

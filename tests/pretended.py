@@ -1,7 +1,7 @@
 """A device that is not there: its tensors have their values in main memory, and refuse to meet those not on it.
 
-What it stands for is a GPU, which would refuse them too. It goes by the name `meta`, the only one whose gradients a
-build of torch for the processor computes.
+What it stands for is a GPU, which would refuse them too, and which takes its place where one is to be seen. It goes by
+the name `meta`, the only one whose gradients a build of torch for the processor computes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-DEVICE = torch.device("meta")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("meta")
 BETWEEN = {aten.copy_, aten._to_copy, aten.to}  # what takes values from one device to another
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # by indices that may be elsewhere
 
@@ -61,6 +61,9 @@ class _Literals(TorchFunctionMode):
 @contextmanager
 def device() -> Iterator[torch.device]:
     """Within the block the device is there."""
+    if DEVICE.type == "cuda":
+        yield DEVICE
+        return
     with _Literals(), _Operations():
         yield DEVICE
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, write_json
+from stages.models.loading import device
 from stages.training.loop import Run
 from stages.training.model import put_on
 from stages.training.quantize import quantize
@@ -16,6 +17,7 @@ from stages.weights.checkpoint import open_stages
 from tests.conftest import ARCHITECTURES, COMMON, make_base
 from tests.stages.test_train import fit, make_examples, make_stage
 
+pytestmark = pytest.mark.gpu
 pytest.importorskip("bitsandbytes", reason="an extra that most do not need: uv sync --extra four-bit")
 
 NF4 = [  # appendix E of arXiv 2305.14314
@@ -43,8 +45,8 @@ def made(method="lora", architecture="wide"):
     stage = make_stage(method, load_in_4bit=True, steps=25)
     torch.manual_seed(0)
     model = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), torch.float32)
-    quantize(model, torch.float32, "cpu")
-    return stage, model
+    quantize(model, torch.float32, device())
+    return stage, model.to(device())
 
 
 def test_frozen_matrices_of_the_layers_are_in_nf4_and_nothing_else_is():
@@ -57,13 +59,13 @@ def test_frozen_matrices_of_the_layers_are_in_nf4_and_nothing_else_is():
     assert len(smaller) == 4 * 7
     for name, parameter in smaller.items():
         weight = exact.get_parameter(name.replace(".base_layer", ""))
-        found = dequantize_4bit(parameter.data, parameter.quant_state)
+        found = dequantize_4bit(parameter.data, parameter.quant_state).cpu()
         truth, scale = in_nf4(weight)
         assert ((found - truth).abs() <= 0.02 * scale).all()  # the scales too are rounded, to eight bits
         assert parameter.nbytes * 8 == weight.nbytes
     assert {p.dtype for p in inner.parameters() if p.requires_grad} == {torch.float32}
     assert inner.lm_head.weight.dtype == torch.float32
-    layer, inputs = inner.model.layers[3].mlp.up_proj, torch.randn(5, 64)
+    layer, inputs = inner.model.layers[3].mlp.up_proj, torch.randn(5, 64, device=device())
     truth = inputs @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
     assert torch.allclose(layer(inputs), truth, atol=1e-2 * float(truth.abs().max()))
 
@@ -84,7 +86,7 @@ def test_an_adapter_learns_on_it_and_is_saved_for_the_exact_weights(workspace, m
     write_json(CHECKPOINTS / "one" / "stage.json", {"parent": "base"})
     base, (one,) = open_stages(["one"])
     path = "model.layers.1.mlp.up_proj"
-    adapter = model.get_base_model().get_submodule(path)
+    adapter = model.cpu().get_base_model().get_submodule(path)
     delta = adapter.lora_B["default"].weight @ adapter.lora_A["default"].weight * adapter.scaling["default"]
     if method == "lora":
         assert torch.allclose(one.delta(path)["weight"], delta, atol=1e-6)
@@ -107,7 +109,7 @@ def test_an_evaluation_between_two_steps_changes_no_gradient_and_they_are_those_
     before = gradients()
     model.eval()
     with torch.no_grad():
-        model(torch.arange(1, 20)[None])
+        model(torch.arange(1, 20, device=device())[None])
     model.train()
     after = gradients()
     assert any(gradient.any() for gradient in before) and all(map(torch.equal, before, after))

@@ -128,6 +128,7 @@ def test_the_state_of_a_process_may_be_a_row_of_all():
         assert torch.equal(torch.rand(3), truth[row])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_dropout_on_a_gpu_is_drawn_again():
     device = torch.device("cuda")
