@@ -68,7 +68,7 @@ def prepare(methods: list[str]) -> None:
         Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     params = {
         "seed": 0,
-        "threads": 2,
+        "threads": 1,  # more wait for each other where something else runs too
         "launch": "python",
         "base": base,
         "selections": {},

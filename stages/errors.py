@@ -2,16 +2,20 @@
 
 import ctypes
 import errno
+import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TIMES = Path(".dvc/tmp/times.jsonl")  # what each stage took here, for `strata plan`
 
 
 class MistakeError(Exception):
@@ -53,6 +57,17 @@ def run(main: Callable[..., None], *args: str, **named: Any) -> None:
             raise
         file = getattr(error, "filename", None) or "a file"
         sys.exit(f"error: {file} cannot be written ({first_line(error)}); give it room, and the right to be written")
+    if "DVC_STAGE" in os.environ:
+        note_time()
+
+
+def note_time() -> None:
+    """Add to TIMES what this stage took since its process started; no result depends on it."""
+    import psutil  # it is of use here alone
+
+    entry = {"stage": os.environ["DVC_STAGE"], "seconds": round(time.time() - psutil.Process().create_time(), 1)}
+    with suppress(OSError), Path(os.environ.get("DVC_ROOT", "."), TIMES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def end_with_parent() -> None:

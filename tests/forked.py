@@ -3,25 +3,18 @@ and transformers already. The code of the stage is imported anew, from the folde
 """
 
 import compileall
-import os
-import runpy
-import shlex
 import shutil
 import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import dvc.cli
 import dvc.stage.run
 import pytest
 from dvc.repo import Repo
-from dvc.stage.exceptions import StageCmdFailedError
 
 from tests.conftest import ROOT
-
-OWN = ("stages", "analysis", "tools", "mergekit")  # mergekit keeps a register of methods, ours among them
+from tools.run import run_in_fork
 
 
 def copy_repository(folder: Path) -> None:
@@ -79,34 +72,4 @@ class Pipeline:
 
     def _run(self, executable: str, cmd: str, *, cwd: str, env: dict[str, str], **_: object) -> None:
         self.ran.add(env["DVC_STAGE"])
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = _run_here(shlex.split(cmd), cwd, env)
-            finally:  # nothing of the parent's stack is to end here a second time
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        if status:
-            raise StageCmdFailedError(cmd, os.waitstatus_to_exitcode(status))
-
-
-def _run_here(words: list[str], cwd: str, env: dict[str, str]) -> int:
-    """`python -m MODULE …` in this process, with the modules of `cwd`; returns its exit code."""
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
-        del sys.modules[name]
-    sys.path.insert(0, cwd)
-    sys.argv = words[2:]
-    try:
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            print(end.code, file=sys.stderr, flush=True)
-        return 1 if end.code else 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+        run_in_fork(executable, cmd, cwd=cwd, env=env)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import PARAMS
 from tests.forked import Pipeline, commit, copy_repository
+from tools.plan import PERHAPS, RUNS, plan
 
 pytestmark = pytest.mark.slow
 
@@ -197,9 +198,13 @@ def test_every_edit_runs_what_depends_on_it_and_nothing_else(pipeline, edits):
     wrong = []
     for name, (edit, expected) in edits:
         edit()
+        fates = {step.stage: step.fate for step in plan()[0]}
         ran = pipeline.repro()
         if ran != expected:
             wrong.append(f"{name}: too much {sorted(ran - expected)}, too little {sorted(expected - ran)}")
+        sure = {stage for stage, fate in fates.items() if fate == RUNS}
+        if not sure <= ran <= sure | {stage for stage, fate in fates.items() if fate == PERHAPS}:
+            wrong.append(f"{name}: planned {fates}, ran {sorted(ran)}")
         pipeline.go_back()
     assert not wrong, "\n".join(wrong)
     assert pipeline.repro() == set()

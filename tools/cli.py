@@ -9,6 +9,8 @@ from stages.settings.section import nearest
 
 COMMANDS = {
     "check": "whether params.yaml is right, and what it means on this machine",
+    "plan": "what dvc repro would run now and why, and how long that takes",
+    "run": "what dvc repro does, with independent stages side by side",
     "show": "training examples token by token, with their weights",
     "view": "the report: its headline here, its page in the browser",
     "answers": "what the models answer to the questions of a skill, side by side",

@@ -1,0 +1,72 @@
+"""`strata run` is `dvc repro`: the same files, whatever runs beside what, and whatever is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stages.files import sha256
+from tests.conftest import PARAMS
+from tests.forked import Pipeline, copy_repository
+from tests.test_pipeline import BRANCH
+from tools.plan import PERHAPS, RUNS, plan
+
+pytestmark = pytest.mark.slow
+OUTPUTS = ("checkpoints", "data", "merged", "picked", "reports")
+RUN = [sys.executable, "-m", "tools.cli", "run", "-j", "2"]
+
+
+@pytest.fixture
+def pipeline(project, monkeypatch):
+    """A chain of two stages and one beside it."""
+    text = PARAMS.replace("merge:\n", BRANCH).replace("    words: 1.0\n", "    words: 1.0\n    side: 0.5\n")
+    Path("params.yaml").write_text(text)
+    copy_repository(project)
+    return Pipeline(monkeypatch)
+
+
+def files():
+    found = [path for folder in OUTPUTS for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): sha256([path]) for path in found}
+
+
+def clear():
+    subprocess.run(["git", "clean", "-qfdx"], check=True)
+    for folder in Path(".dvc/cache"), Path(".dvc/tmp"):
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_side_by_side_and_killed_it_leaves_the_files_of_repro(pipeline):
+    pipeline.repro()
+    truth = files()
+    clear()
+    started = subprocess.Popen(RUN, stdout=subprocess.PIPE, text=True)
+    for line in started.stdout:
+        if line.startswith("train@sums │ done"):
+            break
+    time.sleep(0.5)
+    below = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive
+    ended = subprocess.run(RUN, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "stages done in" in ended.stdout and "train@sums │" not in ended.stdout
+    assert files() == truth
+    assert plan()[0] == [] and pipeline.repro() == set()
+    ended = subprocess.run(RUN, capture_output=True, text=True, check=True)
+    assert ended.stdout == "All 22 stages are up to date.\n"
+
+
+def test_a_stage_that_fails_leaves_the_others_results_and_so_does_an_interrupt(pipeline):
+    path = Path("stages/methods/dora.py")
+    text = path.read_text()
+    path.write_text(text + "\nraise RuntimeError('planted')\n")
+    ended = subprocess.run(RUN, capture_output=True, text=True)
+    assert ended.returncode == 1
