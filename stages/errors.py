@@ -52,6 +52,8 @@ def run(main: Callable[..., None], *args: str, **named: Any) -> None:
         main(*args, **named)
     except MistakeError as mistake:
         sys.exit(f"error: {mistake}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the next run goes on from here")
     except Exception as error:
         if _system_error(error) not in NO_ROOM:
             raise

@@ -200,7 +200,7 @@ def _reproduce(name: str, output: Connection, gpu: str | None) -> None:
         sys.exit(f"dvc: {error}" if not isinstance(error.__cause__, DvcException) else 1)
 
 
-def run_in_fork(executable: str, cmd: str, *, cwd: str, env: dict[str, str], **_: object) -> None:
+def run_in_fork(executable: str, cmd: str, *, cwd: str, env: dict[str, str], **more: object) -> None:
     """What DVC starts a stage's command with: `python -m MODULE …`, here in a fork of this process.
 
     Raises:
@@ -208,9 +208,8 @@ def run_in_fork(executable: str, cmd: str, *, cwd: str, env: dict[str, str], **_
     """
     from dvc.stage.exceptions import StageCmdFailedError
 
-    child = os.fork()
+    child, code = os.fork(), 1
     if not child:
-        code = 1
         try:
             code = _run_here(shlex.split(cmd), cwd, env)
         finally:  # nothing of the parent's stack is to end here a second time

@@ -14,7 +14,7 @@ from stages.files import sha256
 from tests.conftest import PARAMS
 from tests.forked import Pipeline, copy_repository
 from tests.test_pipeline import BRANCH
-from tools.plan import PERHAPS, RUNS, plan
+from tools.plan import plan
 
 pytestmark = pytest.mark.slow
 OUTPUTS = ("checkpoints", "data", "merged", "picked", "reports")
@@ -64,9 +64,26 @@ def test_side_by_side_and_killed_it_leaves_the_files_of_repro(pipeline):
     assert ended.stdout == "All 22 stages are up to date.\n"
 
 
-def test_a_stage_that_fails_leaves_the_others_results_and_so_does_an_interrupt(pipeline):
-    path = Path("stages/methods/dora.py")
-    text = path.read_text()
-    path.write_text(text + "\nraise RuntimeError('planted')\n")
+def test_a_stage_that_fails_leaves_the_others_results(pipeline):
+    params = Path("params.yaml")
+    good = params.read_text()
+    params.write_text(good.replace("    rank: 2\n    lr: 1.0e-3", "    rank: 2\n    lr: 1.0e+30"))
     ended = subprocess.run(RUN, capture_output=True, text=True)
-    assert ended.returncode == 1
+    assert ended.returncode == 1 and "Traceback" not in ended.stdout + ended.stderr
+    assert ended.stderr.endswith("error: train@side failed, and what depends on it was left out; the reason is above\n")
+    assert "train@side │ error: params.yaml: stages.side.lr 1e+30 made the loss infinite" in ended.stdout
+    assert "train@words │ done in" in ended.stdout and "merge │" not in ended.stdout
+    params.write_text(good)
+    assert not {"base", "train@sums", "train@words"} & {step.stage for step in plan()[0]}
+
+
+def test_what_is_interrupted_says_so_and_goes_on(pipeline):
+    started = subprocess.Popen(RUN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "train@sums" not in (line := started.stdout.readline()):
+        assert line
+    os.killpg(started.pid, signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 1 and err.endswith("error: stopped; strata run goes on from where it was\n")
+    assert "Traceback" not in out + err
+    assert subprocess.run(RUN, capture_output=True).returncode == 0
+    assert plan()[0] == []
