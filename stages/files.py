@@ -21,6 +21,7 @@ PICKED = Path("picked")
 DATA = Path("data")
 MERGED = Path("merged")
 REPORTS = Path("reports")
+TRACKED = Path("tracked")  # for trackers, if params.yaml names one
 ANSWERS = REPORTS / "answers"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # the files of a PEFT adapter
 DIGITS = 6  # significant ones of a number in a file

@@ -4,7 +4,9 @@ Writes checkpoints/NAME, a PEFT adapter with stage.json (what it is and where it
 curve and metrics in reports/train. Killed at any instant, it goes on from its last saved step to the same bits.
 """
 
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stages.errors import placed, run
-from stages.files import ADAPTER, CHECKPOINTS, REPORTS, publish, sha256, write_json, write_text
+from stages.files import ADAPTER, CHECKPOINTS, REPORTS, TRACKED, publish, sha256, write_json, write_text
 from stages.models.loading import compute_dtype, device
 from stages.project.check import check_against_base, load_checked
 from stages.project.params import Params
@@ -41,7 +43,13 @@ def main(name: str) -> None:
         launch(name, settings.launch, stage.processes)
     precision = "bf16" if compute_dtype() == torch.bfloat16 else "no"
     # On a CPU accelerate takes every process for the only one, unless it is told.
-    accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(
+        cpu=device().type == "cpu",
+        mixed_precision=precision,
+        log_with=settings.tracker,
+        project_dir=Path(os.environ.get("DVC_ROOT", "."), TRACKED),
+    )
+    accelerator.init_trackers(name)
     if isinstance(stage, Training):
         check_processes(name, stage, accelerator)
         train(name, stage, settings, accelerator)
@@ -70,7 +78,8 @@ def train(name: str, stage: Training, settings: Params, accelerator: Accelerator
         # The cache is off with FSDP: a hit would skip layers whose weights the other processes are waiting to gather.
         prefix = Prefix(model, key, 0 if is_divided(accelerator) else settings.prefix_cache * 1e9)
         before = {} if is_divided(accelerator) else sums_of_frozen(model)
-        curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning, title=name)
+        tell = functools.partial(write_curve, name) if accelerator.is_main_process else lambda curve: None
+        curve = fit(model, stage, shown, seed, accelerator, work, prefix, tuning, title=name, tell=tell)
         bases = remember_inputs(model, stage.remember, shown, accelerator) if stage.remember else None
         if accelerator.is_main_process:
             with publish(CHECKPOINTS / name) as folder, placed(f"params.yaml: stages.{name}."):
@@ -83,6 +92,7 @@ def train(name: str, stage: Training, settings: Params, accelerator: Accelerator
                     record["inputs_sha256"] = sha256([folder / BASES])
                 write_json(folder / "stage.json", record)
             write_reports(name, record, curve, cut=sum(source.cut for source in shown))
+    accelerator.end_training()
 
 
 def write_reports(name: str, record: dict[str, Any], curve: Curve, cut: int = 0) -> None:
@@ -96,6 +106,11 @@ def write_reports(name: str, record: dict[str, Any], curve: Curve, cut: int = 0)
     if last := curve[-10:]:  # an imported adapter was trained elsewhere
         metrics = {"loss": round(sum(point["loss"] for point in last) / len(last), 4)} | metrics
     write_json(REPORTS / "train" / f"{name}.json", {name: metrics})
+    write_curve(name, curve)
+
+
+def write_curve(name: str, curve: Curve) -> None:
+    """The losses so far, for `dvc plots` and `strata watch`."""
     points = [
         {"stage": name, "step": point["step"]}
         | {key: round(point[key], 5) for key in ("loss", "tuning_loss") if key in point}

@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "whether params.yaml is right, and what it means on this machine",
     "plan": "what dvc repro would run now and why, and how long that takes",
     "run": "what dvc repro does, with independent stages side by side",
+    "watch": "the loss of the stage in training, drawn as it goes",
     "show": "training examples token by token, with their weights",
     "view": "the report: its headline here, its page in the browser",
     "answers": "what the models answer to the questions of a skill, side by side",

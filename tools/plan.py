@@ -76,13 +76,19 @@ def told(steps: list[Step], total: int) -> str:
             width = max(len(step.stage) for step in chosen)
             lines += [f"{title}, {len(chosen)} of {total}:"]
             lines += [f"  {step.stage:<{width}}  {_time(step):>7}  {'; '.join(step.why)}" for step in chosen]
-    running = [step for step in steps if step.fate == RUNS]
-    untold = sum(step.seconds is None for step in running)
-    known = sum(step.seconds or 0 for step in running)
-    if running and untold < len(running):
-        rest = f", and {untold} that never ran here" if untold else ""
-        lines.append(f"About {duration(known)}{rest}; {size(sum(step.bytes for step in running))} on disk.")
+    if running := [step for step in steps if step.fate == RUNS]:
+        lines.append(_total(running, [step for step in steps if step.fate == PERHAPS]))
     return "\n".join(lines)
+
+
+def _total(running: list[Step], perhaps: list[Step]) -> str:
+    known = sum(step.seconds or 0 for step in running)
+    untold = sum(step.seconds is None for step in running)
+    rest = sum(step.seconds or 0 for step in perhaps)
+    parts = [f"About {duration(known)}"] if untold < len(running) else []
+    parts += [f"{untold} stages that never ran here"] if untold else []
+    parts += [f"perhaps {duration(rest)} more"] if rest else []
+    return f"{', '.join(parts)}; {size(sum(step.bytes for step in running))} on disk."
 
 
 def _time(step: Step) -> str:
@@ -181,10 +187,12 @@ class _Plan:
 
     def _look_up(self, stage: Any) -> dict[str, Any] | None:
         """What the run cache has for the inputs that the stage will have: hashes by path."""
+        from dvc_data.hashfile.meta import Meta
+
         stage = copy.copy(stage)
         stage.deps = [copy.copy(dep) for dep in stage.deps]
         for dep in stage.deps:
-            dep.hash_info = self._hash(dep)
+            dep.hash_info, dep.meta = self._hash(dep), Meta()  # the run cache goes by hashes, and Meta may have one too
             if not dep.hash_info:
                 return None
         entry = self.repo.stage_cache._load(stage)

@@ -5,6 +5,7 @@ command runs in a fork of a process that has imported what most stages need; the
 the files are those of `dvc repro`, to the byte, and a stage that is killed goes on from its state.
 """
 
+import importlib
 import logging
 import os
 import runpy
@@ -18,7 +19,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from tools.plan import CACHED, Step, plan
 from tools.terminal import duration, positive
 
 MODELS = ("base", "select", "train", "score", "probe")  # verbs that run a model: on a GPU, where there is one
-LIGHT = ["dvc.repo", "dvc.stage.run", "tools.run"]  # what every stage needs, and what all that run a model do
-HEAVY = ["accelerate", "peft", "transformers.generation.utils", "transformers.modeling_utils"]
+tqdm.monitor_interval = 0  # no thread where processes fork
+HEAVY = ("accelerate", "peft", "transformers.generation.utils", "transformers.modeling_utils")
 OWN = ("stages", "analysis", "tools", "mergekit")  # mergekit keeps a register of methods, ours among them
 
 
@@ -59,7 +60,7 @@ class _Job:
     """A stage that is running, and what it said last."""
 
     step: Step
-    process: ForkServerProcess
+    process: ForkProcess
     output: Connection
     bar: Any
     gpu: str | None
@@ -73,15 +74,16 @@ class _Run:
     def __init__(self, steps: list[Step], jobs: int) -> None:
         self.steps = {step.stage: step for step in steps}
         self.jobs, self.needs, self.gpus = jobs, _needs(set(self.steps)), gpus()
+        if jobs > 1:  # threads that wait for each other by turning in circles would take the cores from the other stage
+            os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
         self.free = list(self.gpus)
         self.done: set[str] = set()
         self.failed: list[str] = []
         self.running: list[_Job] = []
-        self.context = get_context("forkserver")
-        run_models = sum(step.fate != CACHED and _verb(step.stage) in MODELS for step in steps)
-        self.context.set_forkserver_preload([*LIGHT, *(HEAVY if run_models > 1 else [])])
-        if jobs > 1:  # threads that wait for each other by turning in circles would take the cores from the other stage
-            os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        self.context = get_context("fork")
+        if sum(step.fate != CACHED and _verb(step.stage) in MODELS for step in steps) > 1:
+            for module in HEAVY:
+                importlib.import_module(module)
 
     def everything(self) -> list[str]:
         """Run them; returns those that failed."""

@@ -1,5 +1,6 @@
 """The only reader of params.yaml: typed, validated, one clear sentence for a mistake."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -46,6 +47,9 @@ class Params(Settings):
     such as `accelerate launch --config_file fsdp.yaml`. No result depends on it, so changing it runs nothing again."""
     prefix_cache: float = Field(default=2.0, ge=0)
     """GB on disk for what the frozen layers below the first trained one make of a batch; 0 turns the cache off."""
+    track: Literal["tensorboard", "trackio"] | None = None
+    """What logs the loss, rate and gradient norm of each step besides, in the folder `tracked`. Its extra installs it:
+    `uv sync --extra tensorboard`. No result depends on it."""
     base: Base
     """The model to start from."""
     datasets: dict[Name, AnyDataset] = Field(min_length=1)
@@ -94,6 +98,17 @@ class Params(Settings):
             return self.threads
         affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
         return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+    @property
+    def tracker(self) -> str | None:
+        """The tracker that is asked for, if it is installed.
+
+        Raises:
+            MistakeError: it is not.
+        """
+        if self.track and importlib.util.find_spec(self.track) is None:
+            raise MistakeError(f"{PARAMS}: track needs {self.track}; run uv sync --extra {self.track}")
+        return self.track
 
     @property
     def skills(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ the launcher divides them (`stages.training.shard`).
 import math
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ def fit(
     prefix: Prefix | None = None,
     tuning: list[Example] | None = None,
     title: str = "",
+    tell: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
     """Train the model in place and return its loss curve, going on from the state in `work` if there is one.
+
+    Every CHECK_EVERY steps `tell` gets the curve so far; a tracker of the accelerator gets every point.
 
     With `keep: best` the model ends with the weights that had the lowest loss on the examples of `tuning`.
 
@@ -72,6 +76,8 @@ def fit(
             if tuning:
                 training.check(tuning, curve)
             training.save(work, curve)
+            tell(curve)
+        accelerator.log({key: value for key, value in curve[-1].items() if key != "step"}, step=len(curve))
         bar.set_postfix(loss=f"{point['loss']:.3f}")
         bar.update()
     bar.close()
