@@ -15,6 +15,8 @@ COMMANDS = {
     "show": "training examples token by token, with their weights",
     "view": "the report: its headline here, its page in the browser",
     "answers": "what the models answer to the questions of a skill, side by side",
+    "chat": "a chat with base, stages and the merged model, one or several side by side",
+    "serve": "the same models under OpenAI's interface on 127.0.0.1",
     "compare": "what sets any models apart, layer by layer",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",

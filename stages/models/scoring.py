@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stages.models.losses import record_losses
 from stages.records.record import Record, answer, asked
@@ -70,11 +70,12 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     bounds: Evaluate,
+    streamer: TextStreamer | None = None,
 ) -> list[Answer]:
     """Greedy answers of at most `max_new_tokens`.
 
     Of the base's generation config the tokens that end an answer have a say and nothing else has: a penalty for
-    repetition in it would change every answer.
+    repetition in it would change every answer. `streamer` gets the tokens of a single one as they come.
     """
     turned = [turns(record, tokenizer)[-1] for record in records]
     stops, most = _stops(model, tokenizer), bounds.max_new_tokens
@@ -91,7 +92,7 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=stops,
             )
-            output = model.generate(**batch, generation_config=greedy)  # type: ignore[operator]
+            output = model.generate(**batch, generation_config=greedy, streamer=streamer)  # type: ignore[operator]
             for i, ids in zip(rows, output[:, width:].tolist(), strict=True):
                 spoken = list(itertools.takewhile(lambda token: token not in stops, ids))
                 text = str(tokenizer.decode(_after(turned[i].lead, spoken), skip_special_tokens=True)).strip()

@@ -1,0 +1,77 @@
+"""The base, every stage and the merged model under OpenAI's interface on this machine: `strata serve`.
+
+The server is transformers' own (`transformers serve`); what it may load is what params.yaml names.
+"""
+
+from argparse import ArgumentParser
+from functools import cache
+from typing import Any
+
+from stages.errors import MistakeError
+from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
+from stages.project.check import check_against_base
+from stages.project.params import load_params
+from stages.weights.checkpoint import open_model
+from tools.terminal import positive
+
+HOST = "127.0.0.1"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Where it listens."""
+    parser.add_argument("--port", type=positive, default=8000, help="of 127.0.0.1; 8000")
+
+
+def main(port: int) -> None:
+    """Answer until it is interrupted.
+
+    Raises:
+        MistakeError: the extra `serve` is not installed, there is no base yet, or the port is taken.
+    """
+    settings = load_params()
+    check_against_base(settings)
+    try:
+        import uvicorn
+        from fastapi import HTTPException
+        from transformers.cli.serving import chat_completion, completion, response, server, systemone, transcription
+        from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.utils import GenerationState
+    except ImportError:
+        raise MistakeError("strata serve needs the extra of that name; run uv sync --extra serve") from None
+    names = ["base", *settings.stages, "merged"]
+
+    class Models(ModelManager):
+        """Loads what params.yaml names, and nothing else."""
+
+        @staticmethod
+        def process_model_name(model_id: str) -> str:
+            if model_id not in names:
+                raise HTTPException(404, f"there is no model {model_id!r}; take {', '.join(names)}")
+            return model_id
+
+        def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+            return load_tokenizer()
+
+        def _load_model(self, model_id_and_revision: str, *_: Any, **more: Any) -> Any:
+            try:
+                return load_model(open_model(model_id_and_revision), compute_dtype(), device())
+            except MistakeError as mistake:
+                raise HTTPException(409, str(mistake)) from None
+
+        @staticmethod
+        @cache
+        def get_gen_models(cache_dir: str | None = None) -> list[dict[str, Any]]:
+            return [{"id": name, "object": "model", "owned_by": "strata", "created": 0} for name in names]
+
+    models, state = Models(), GenerationState(continuous_batching=False, compile=False)
+    app = server.build_server(
+        models,
+        chat_completion.ChatCompletionHandler(models, state),
+        completion.CompletionHandler(models, state),
+        response.ResponseHandler(models, state),
+        transcription.TranscriptionHandler(models, state),
+        systemone.SystemOneHandler(models, state),
+        state,
+    )
+    print(f"{', '.join(names)} at http://{HOST}:{port}/v1; Ctrl-C ends", flush=True)
+    uvicorn.run(app, host=HOST, port=port, log_level="warning")
