@@ -85,15 +85,17 @@ class Proof:
         """Raise a MistakeError if the merge is a sum of changes, and theirs is more than rounding takes."""
         before = self._base.module(path)
         stages = [stage for stage in self._merged.stages if path in stage.adapter.modules]
-        for parameter in weights:
-            name, weight = f"{path}.{parameter}", before[parameter]
-            deltas = {stage.name: stage.alone(path)[parameter] - weight for stage in stages}
+        alone = {stage.name: stage.alone(path) for stage in stages}
+        places = [(parameter, *place) for parameter in weights for place in self._merged.matrices(path, parameter)]
+        for parameter, name, place in places:
+            weight, dtype = before[parameter][place], DTYPES[self._merged.specification(f"{path}.{parameter}")[1]]
+            deltas = {stage: values[parameter][place] - weight for stage, values in alone.items()}
             deltas = {stage: delta for stage, delta in deltas.items() if delta.any()}
             coefficients = self._merged.coefficients(name, list(deltas)) if deltas else None
             if coefficients is None:
                 continue
             total = torch.stack([coefficients[stage] * delta.double() for stage, delta in deltas.items()]).sum(0)
-            room = weight.abs() * torch.finfo(DTYPES[self._merged.specification(name)[1]]).eps
+            room = weight.abs() * torch.finfo(dtype).eps
             if (total.abs() > room).any():
                 changed = f"{', '.join(deltas)} changed in {name}"
                 raise MistakeError(f"the merged file has nothing of what {changed}; {AGAIN}")

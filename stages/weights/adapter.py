@@ -78,9 +78,14 @@ class Adapter:
         parts = set(self._keys[path])
         return parts == VERA or (self._is_lora and parts == {"lora_A.weight", "lora_B.weight"})
 
-    def factors(self, path: str) -> Factors | None:
-        """The delta of module `path` as left [rows, r] @ right [r, columns], float32; None if it is not low-rank."""
-        if not self.is_low_rank(path):
+    def factors(self, path: str, parameter: str = "weight") -> Factors | None:
+        """The delta of a parameter as left [rows, r] @ right [r, columns], float32; None if it is not low-rank.
+
+        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
+        """
+        if parameter in self._targets.get(path, []):
+            return self._factors_beside(path, parameter)
+        if parameter != "weight" or not self.is_low_rank(path):
             return None
         if VERA & set(self._keys[path]):
             up, down = self._vera(path)
@@ -88,16 +93,11 @@ class Adapter:
             down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
-    def parameter_factors(self, path: str, name: str) -> Factors | None:
-        """The delta of a parameter that the adapter is beside, as left @ right, float32; None for every other.
-
-        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
-        """
-        if name not in self._targets.get(path, []):
-            return None
-        down, up = (self._read(path, f"{name}.lora_{side}.weight") for side in "AB")
-        up *= self._scaling(path, name)
-        if (experts := _experts(self.architecture.modules[path].parameters[name])) == 1:
+    def _factors_beside(self, path: str, parameter: str) -> Factors:
+        down, up = (self._read(path, f"{parameter}.lora_{side}.weight") for side in "AB")
+        up *= self._scaling(path, parameter)
+        experts, *matrix = self.architecture.modules[path].parameters[parameter]
+        if len(matrix) == 1:
             return up, down
         down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts).permute(2, 0, 1)
         return (down.mT, up.mT) if self._has_transposed_experts(path) else (up, down)
