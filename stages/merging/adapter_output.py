@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from stages.errors import MistakeError
-from stages.models.architecture import exactly
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import NAMES
 
@@ -144,10 +143,11 @@ class AdapterOutput:
         """Replace a module that is no weight matrix, such as a norm, as a whole.
 
         Args:
-            path: the module's full name in the model, not given to `add_linear` as well.
-            parameters: all of its parameters after the merge by name, in the model's own shapes.
+            path: the module's full name in the model; neither it nor what is in it is given to `add_linear`.
+            parameters: of it and of the modules in it after the merge, all in one call or in several, by their names in
+                it and in the model's own shapes.
         """
-        self._replaced[path] = parameters
+        self._replaced.setdefault(path, {}).update(parameters)
 
     def save(
         self, folder: Path, base_name: str, revision: str | None, fan_in_fan_out: bool, metadata: dict[str, str]
@@ -205,7 +205,7 @@ class AdapterOutput:
             alpha_pattern=dict(others),
             use_dora=any(fit.magnitude is not None for fit in self._fits.values()),
             bias="lora_only" if self._biases else "none",
-            target_modules=exactly(list(ranks)) if ranks else DUMMY_TARGET_MODULES,
+            target_modules=list(ranks) or DUMMY_TARGET_MODULES,  # a regex would be taken for names of old experts
             modules_to_save=sorted(self._replaced) or None,
             fan_in_fan_out=fan_in_fan_out,
         )

@@ -188,6 +188,18 @@ class Merged:
         total = sum(rank for rank in ranks if rank) + SPARE if ranks and all(ranks) else None
         return self.merge.adapter.rank or total
 
+    @cached_property
+    def replaced(self) -> dict[str, str]:
+        """By module, the outermost around it that an adapter replaces as a whole, with all that is in it.
+
+        PEFT takes a module with weights of its own, such as an attention with sinks, together with those inside.
+        """
+        wholes = [path for path in self.changed() if self.rank(path) is None]
+        found = {
+            path: next((whole for whole in wholes if f"{path}.".startswith(f"{whole}.")), "") for path in self.modules
+        }
+        return {path: whole for path, whole in found.items() if whole}
+
     def is_transposed(self, path: str) -> bool:
         """Whether the weight is [in, out], as GPT-2 has it."""
         return self.base.architecture.is_transposed(path)
