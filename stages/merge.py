@@ -90,8 +90,7 @@ def refuse_unopened(folder: Path) -> None:
         reason, _, _ = str(mistake).partition(";")
         raise MistakeError(f"params.yaml: merge.outputs names adapter, but {reason}; write model or delta") from None
     lost = [name for name in file if known.get(name) != file.specification(name)[0]]
-    lost += [name for name in sorted(wanted - set(file)) if not name.endswith(".base_layer.bias")]
-    if lost:
+    if lost := [*lost, *sorted(wanted - set(file))]:
         raise MistakeError(
             f"params.yaml: merge.outputs names adapter, but PEFT would not take {lost[0]} on this base, for it takes"
             " its module for another; write model or delta"

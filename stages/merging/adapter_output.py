@@ -125,8 +125,11 @@ class AdapterOutput:
         self._fits: dict[str, Fit] = {}
         self._replaced: dict[str, dict[str, torch.Tensor]] = {}
         self._biases: dict[str, torch.Tensor] = {}
+        self._old_biases: dict[str, torch.Tensor] = {}
 
-    def add_linear(self, path: str, fit: Fit, bias: torch.Tensor | None = None) -> None:
+    def add_linear(
+        self, path: str, fit: Fit, bias: torch.Tensor | None = None, old_bias: torch.Tensor | None = None
+    ) -> None:
         """Adapt the weight matrix of module `path`, such as `model.layers.0.mlp.up_proj`.
 
         Args:
@@ -134,8 +137,11 @@ class AdapterOutput:
             fit: A and B of the weight as [out, in], also for GPT-2's Conv1D, which stores [in, out].
             bias: the merged bias [out] if it changed. PEFT writes it over the base's while it loads the adapter, so
                 that disabling the adapter does not bring the base's back.
+            old_bias: the base's bias if it did not change; PEFT has those of all modules in a file, or of none.
         """
         self._fits[path] = fit
+        if old_bias is not None:
+            self._old_biases[path] = old_bias
         if bias is not None:
             self._biases[path] = bias
 
@@ -178,7 +184,8 @@ class AdapterOutput:
         return {path: fit.error for path, fit in sorted(self._fits.items())}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"{path}.base_layer.bias": bias for path, bias in self._biases.items()}
+        biases = self._old_biases | self._biases if self._biases else {}
+        tensors = {f"{path}.base_layer.bias": bias for path, bias in biases.items()}
         for path, parameters in self._replaced.items():
             tensors |= {f"{path}.{name}": value for name, value in parameters.items()}
         for path, fit in self._fits.items():

@@ -88,8 +88,9 @@ class Writer:
         tensors = {"A": fit.A, "B": fit.B}
         if fit.magnitude is not None:
             tensors["magnitude"] = fit.magnitude
-        if "bias" in weights and not torch.equal(weights["bias"], before["bias"]):
-            tensors["bias"] = weights["bias"]
+        if "bias" in weights:
+            is_old = torch.equal(weights["bias"], before["bias"])
+            tensors["old_bias" if is_old else "bias"] = weights["bias"]
         return path, fit.error, save(tensors)
 
 
@@ -134,4 +135,4 @@ def add_part(adapter: AdapterOutput, part: Part) -> None:
         adapter.add_replacement(path, tensors)
     else:
         fit = Fit(tensors["A"], tensors["B"], tensors.get("magnitude"), error)
-        adapter.add_linear(path, fit, tensors.get("bias"))
+        adapter.add_linear(path, fit, tensors.get("bias"), tensors.get("old_bias"))

@@ -34,6 +34,7 @@ LORA = {
     "lora_magnitude_vector.weight",
 }
 VERA = {"vera_lambda_b", "vera_lambda_d"}
+BIAS = "base_layer.bias"  # trained beside an adapter, with `bias` of PEFT's configuration
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # VeRA's random factors, one pair for all modules
 FIX = "use an adapter that was trained on this base"
 
@@ -122,9 +123,8 @@ class Adapter:
             return weights | {name: self._read(path, name) for name in parts & weights.keys()} | changed
         if self._is_lora and parts <= LORA:
             return weights | self._lora(path, weights)
-        if parts == VERA:
-            up, down = self._vera(path)
-            return weights | {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
+        if parts <= VERA | {BIAS} and parts >= VERA:
+            return weights | self._vera_merged(path, weights)
         return self._merge_by_peft(path, weights)
 
     def _lora(self, path: str, weights: Tensors) -> Tensors:
@@ -159,6 +159,11 @@ class Adapter:
             shape = "eio" if self._has_transposed_experts(path) else "eoi"
             delta = torch.einsum(f"ore,eri->{shape}", up, down)
         return weight + delta.mul_(self._scaling(path, name))
+
+    def _vera_merged(self, path: str, weights: Tensors) -> Tensors:
+        up, down = self._vera(path)
+        merged = {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
+        return merged | {"bias": self._read(path, BIAS)} if BIAS in self._keys[path] else merged
 
     def _vera(self, path: str) -> Factors:
         """diag(b)·B [out, r] and diag(d)·A [r, in] (arXiv 2310.11454): of the shared pair, what fits the weight."""

@@ -15,6 +15,7 @@ from stages.weights.adapter import FIX, PREFIX
 from stages.weights.places import tensors_of_peft
 from stages.weights.tensor_file import TensorFile
 
+AGAIN = "copy the adapter again from where it is whole"
 ELSEWHERE = "merge it where it was trained, and give the result as base.model"
 
 
@@ -178,7 +179,8 @@ def _spellings(key: str) -> list[str]:
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     text = [part for part in parts if part != TEXT]
     names = [PREFIX + ".".join(each).removeprefix(PREFIX) for each in (parts, text)]
-    return [key, *names, *(f"{name}.weight" for name in names)]  # DoRA's magnitudes were once no module
+    magnitudes = [name.removesuffix(".weight") for name in names]  # of DoRA, which some versions save as of a module
+    return [key, ".".join(parts), *names, *magnitudes]
 
 
 def _refuse_patterns_of_wrappers(folder: Path, config: dict[str, Any]) -> None:
