@@ -193,7 +193,7 @@ def _refuse_patterns_of_wrappers(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _fix_of_name(key: str) -> str:
-    if re.search(r"\.lora_(down|up)\b", key):
+    if re.search(r"\.(lora_down|lora_up|alpha)\b", key):
         return "rename kohya's lora_down to lora_A and lora_up to lora_B, and write its alpha as lora_alpha"
     if re.search(r"\.lora_[ab]\b", key):
         return "MLX's lora_a and lora_b are PEFT's lora_A.weight and lora_B.weight transposed, so convert it"
