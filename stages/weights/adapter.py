@@ -50,12 +50,16 @@ class Adapter:
         modules: names of the modules that it adapts.
 
     Raises:
-        MistakeError: a tensor of the adapter fits no module of the model.
+        MistakeError: it is no adapter, or a tensor of it fits no module of the model.
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder, self.architecture = folder, architecture
         self.config: dict[str, Any] = read_json(folder / "adapter_config.json")
+        if not isinstance(self.config, dict) or "peft_type" not in self.config:
+            raise MistakeError(
+                f"{folder / 'adapter_config.json'} is none of PEFT's; delete {folder}, and run `dvc repro`"
+            )
         self._is_lora = self.config["peft_type"] == "LORA"
         self._file = TensorFile(folder / "adapter_model.safetensors")
         self._targets = self._targeted()
