@@ -162,3 +162,11 @@ def test_a_state_that_a_model_keeps_in_a_copied_module_is_the_copys(workspace):
     block.rg_lru.recurrent_states = state = torch.ones(1)
     assert block.rg_lru.ln_tuning_layers["default"].recurrent_states is state
     assert block.rg_lru.base_layer.recurrent_states is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("architecture", "width"), [("gpt_oss", 32), ("qwen3_moe", 16)])
+def test_the_rank_is_that_of_each_expert_and_all_of_them_are_counted(workspace, architecture, width):
+    _, wrapped = put(architecture, "lora", layers={"mlp.experts": "1"}, rank=3)
+    trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    assert trained == 4 * 3 * ((32 + 2 * width) + (width + 32))  # experts, rank, and both sides of two matrices
