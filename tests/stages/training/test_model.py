@@ -165,8 +165,8 @@ def test_a_state_that_a_model_keeps_in_a_copied_module_is_the_copys(workspace):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("architecture", "width"), [("gpt_oss", 32), ("qwen3_moe", 16)])
-def test_the_rank_is_that_of_each_expert_and_all_of_them_are_counted(workspace, architecture, width):
-    _, wrapped = put(architecture, "lora", layers={"mlp.experts": "1"}, rank=3)
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_the_rank_is_that_of_each_expert_and_all_of_them_are_counted(workspace, kind):
+    _, wrapped = put(kind, "lora", layers={"mlp.experts": "1"}, rank=3)
     trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    assert trained == 4 * 3 * ((32 + 2 * width) + (width + 32))  # experts, rank, and both sides of two matrices
+    assert trained == 4 * 3 * ((32 + 2 * 64) + (64 + 32))  # experts, rank, and both sides of two matrices
