@@ -102,7 +102,7 @@ class Proof:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """Numbers as integers, eight bytes at once where they are so many; NaN, which a vision tower may hold, is itself."""
+    """Numbers as integers, eight bytes at once if they are so many; NaN, which a vision tower may hold, is itself."""
     return values.flatten().view(torch.int64 if values.nbytes % 8 == 0 else torch.uint8)
 
 
