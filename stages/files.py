@@ -42,10 +42,12 @@ def read_json(path: Path) -> Any:
     """Parse the JSON file at `path`.
 
     Raises:
-        MistakeError: it is not JSON.
+        MistakeError: it is not there, or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MistakeError(f"{path} is missing; run `dvc repro`") from None
     except (ValueError, RecursionError) as error:
         raise MistakeError(f"{path} is not valid JSON ({first_line(error)}); write it anew") from None
 
@@ -57,7 +59,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         MistakeError: it is of another format than this version of Strata reads.
     """
     record: dict[str, Any] = read_json(folder / "stage.json")
-    if (found := record.get("format", 1)) != FORMAT:
+    found = record.get("format", 1) if isinstance(record, dict) else None
+    if found != FORMAT:
         raise MistakeError(
             f"{folder} has checkpoint format {found!r}, and this version of Strata reads {FORMAT}; make it again with"
             " `dvc repro`, or take the version that wrote it"

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from stages.errors import run
-from stages.files import BASE, CHECKPOINTS, MERGED, publish, read_json, read_record, write_json
+from stages.errors import MistakeError, run
+from stages.files import ADAPTER, BASE, CHECKPOINTS, MERGED, publish, read_json, read_record, write_json
 from stages.merging.adapter_output import AdapterOutput, check_errors
 from stages.merging.merged import Merged
 from stages.merging.writer import Writer, add_part, in_processes
 from stages.models.architecture import FILE as ARCHITECTURE
 from stages.project.params import Params, load_params
 from stages.weights.checkpoint import open_stages
+from stages.weights.places import tensors_of_peft
 from stages.weights.single_file import SingleFile, single_file
+from stages.weights.tensor_file import TensorFile
 
 NOT_COPIED = {"stage.json", ARCHITECTURE, "model.safetensors.index.json"}  # files of the base alone
 
@@ -48,6 +50,7 @@ def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int
         MistakeError: a merged tensor is not finite, a file cannot be written, or the adapter misses its tolerance.
     """
     outputs, adapter = merged.merge.outputs, AdapterOutput()
+    replaced = merged.replaced if "adapter" in outputs else {}
     with ExitStack() as stack:
         files: dict[str, SingleFile] = {}
         if "model" in outputs:
@@ -57,7 +60,7 @@ def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int
             names = {name: (merged.specification(name)[0], "F32") for name in merged.names(merged.changed())}
             files["delta"] = stack.enter_context(single_file(folder / "delta.safetensors", names, metadata))
         writer = Writer(merged, files)
-        paths = list(merged.modules) if "model" in outputs else merged.changed()
+        paths = list(merged.modules) if "model" in outputs else sorted({*merged.changed(), *replaced})
         for part in in_processes(writer, paths, processes):
             if part is not None:
                 add_part(adapter, part)
@@ -75,6 +78,23 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
     errors = adapter.save(folder, name, revision, any(map(merged.is_transposed, merged.changed())), metadata)
     write_json(folder / "errors.json", errors)
     check_errors(errors, merged.merge.adapter.tolerance)
+    refuse_unopened(folder)
+
+
+def refuse_unopened(folder: Path) -> None:
+    """Raise a MistakeError unless PEFT, given the adapter on the base, has a place for each of its tensors."""
+    config, file = read_json(folder / ADAPTER[0]), TensorFile(folder / ADAPTER[1])
+    try:
+        wanted, known = tensors_of_peft(folder, config)
+    except MistakeError as mistake:
+        reason, _, _ = str(mistake).partition(";")
+        raise MistakeError(f"params.yaml: merge.outputs names adapter, but {reason}; write model or delta") from None
+    lost = [name for name in file if known.get(name) != file.specification(name)[0]]
+    if lost := [*lost, *sorted(wanted - set(file))]:
+        raise MistakeError(
+            f"params.yaml: merge.outputs names adapter, but PEFT would not take {lost[0]} on this base, for it takes"
+            " its module for another; write model or delta"
+        )
 
 
 def provenance(settings: Params) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from argparse import ArgumentParser
 from typing import TYPE_CHECKING
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, placed
 from stages.files import BASE, DATA, read_json
-from stages.project.check import check_against_base, datasets_to_make, load_checked
+from stages.project.check import check_against_base, datasets_to_make, load_checked, stages_to_make
 from stages.project.params import PARAMS
 from stages.records.lines import load_split
 from stages.records.record import Record, answer
@@ -23,7 +23,10 @@ def add_arguments(_: ArgumentParser) -> None:
 def main() -> None:
     """Tell the first mistake, or that there is none."""
     params = load_checked()
-    check_against_base(params)
+    if check_against_base(params):
+        for name in stages_to_make(params):
+            with placed(f"{PARAMS}: stages.{name}."):
+                params.stages[name].try_on_base()
     print(f"{PARAMS}: {len(params.stages)} stages, {len(params.merge.weights)} of them merged; no mistakes")
     if params.threads == "auto":
         print(

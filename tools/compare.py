@@ -30,8 +30,8 @@ from stages.errors import MistakeError
 from stages.files import write_text
 from stages.models.architecture import OUTSIDE
 from stages.models.names import weight_files
-from stages.training.foreign import read_config
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+from stages.weights.foreign import read_config
 
 ROUNDED = 0.5  # what rounding alone would alter, as a share of the difference, from which the headline tells
 ALIKE = 0.1  # cosine, of either sign, from which two models are said to have moved together or apart

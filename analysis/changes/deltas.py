@@ -50,11 +50,8 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
                 exact=merged[parameter],
                 file=file.stored(name),
                 deltas={stage: delta for stage, delta in own.items() if bool(delta.any())},
-                factors={
-                    stage.name: factors[stage.name] or stage.adapter.parameter_factors(path, parameter)
-                    for stage in adapted
-                },
-                is_stack=base.architecture.is_stack(path) and len(base.specification(name)[0]) == 3,
+                factors={stage.name: stage.adapter.factors(path, parameter) for stage in adapted},
+                is_stack=base.architecture.is_stack(path),
             )
             measuring.add(tensor)
     return Measured(
@@ -88,7 +85,7 @@ class _Tensor:
         file: as the merged file has it.
         deltas: of the stages that change it, float32.
         factors: low-rank factors of the deltas, None where one has none.
-        is_stack: whether it is the matrices of several experts.
+        is_stack: whether it is of several experts, a matrix or a bias of each.
     """
 
     where: Where
@@ -134,7 +131,7 @@ class _Measuring:
         if not tensor.deltas:
             return
         directions: dict[str, Directions] = {}
-        if tensor.stored.dim() == 2:
+        if tensor.stored.dim() == 2 and not tensor.is_stack:
             directions = {stage: strongest(d, tensor.factors.get(stage)) for stage, d in tensor.deltas.items()}
         self._compare(tensor, directions, with_merged=bool(merged))
         self._relate(tensor, merged, directions)
@@ -152,7 +149,7 @@ class _Measuring:
         for name, delta in deltas.items():
             change = tensor.change(name, delta)
             row = self.tally.add_row(name, tensor.where, change)
-            if name in directions or (tensor.is_stack and name != MERGED):
+            if name in directions or (tensor.is_stack and delta.dim() == 3 and name != MERGED):
                 row |= spectrum(delta, tensor.factors.get(name))
             if base:
                 row["intruders"] = base.intruders(change.exact, written[name])

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from stages.errors import MistakeError
-from stages.models.architecture import exactly
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import NAMES
 
@@ -126,8 +125,11 @@ class AdapterOutput:
         self._fits: dict[str, Fit] = {}
         self._replaced: dict[str, dict[str, torch.Tensor]] = {}
         self._biases: dict[str, torch.Tensor] = {}
+        self._old_biases: dict[str, torch.Tensor] = {}
 
-    def add_linear(self, path: str, fit: Fit, bias: torch.Tensor | None = None) -> None:
+    def add_linear(
+        self, path: str, fit: Fit, bias: torch.Tensor | None = None, old_bias: torch.Tensor | None = None
+    ) -> None:
         """Adapt the weight matrix of module `path`, such as `model.layers.0.mlp.up_proj`.
 
         Args:
@@ -135,8 +137,11 @@ class AdapterOutput:
             fit: A and B of the weight as [out, in], also for GPT-2's Conv1D, which stores [in, out].
             bias: the merged bias [out] if it changed. PEFT writes it over the base's while it loads the adapter, so
                 that disabling the adapter does not bring the base's back.
+            old_bias: the base's bias if it did not change; PEFT has those of all modules in a file, or of none.
         """
         self._fits[path] = fit
+        if old_bias is not None:
+            self._old_biases[path] = old_bias
         if bias is not None:
             self._biases[path] = bias
 
@@ -144,10 +149,11 @@ class AdapterOutput:
         """Replace a module that is no weight matrix, such as a norm, as a whole.
 
         Args:
-            path: the module's full name in the model, not given to `add_linear` as well.
-            parameters: all of its parameters after the merge by name, in the model's own shapes.
+            path: the module's full name in the model; neither it nor what is in it is given to `add_linear`.
+            parameters: of it and of the modules in it after the merge, all in one call or in several, by their names in
+                it and in the model's own shapes.
         """
-        self._replaced[path] = parameters
+        self._replaced.setdefault(path, {}).update(parameters)
 
     def save(
         self, folder: Path, base_name: str, revision: str | None, fan_in_fan_out: bool, metadata: dict[str, str]
@@ -178,7 +184,8 @@ class AdapterOutput:
         return {path: fit.error for path, fit in sorted(self._fits.items())}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"{path}.base_layer.bias": bias for path, bias in self._biases.items()}
+        biases = self._old_biases | self._biases if self._biases else {}
+        tensors = {f"{path}.base_layer.bias": bias for path, bias in biases.items()}
         for path, parameters in self._replaced.items():
             tensors |= {f"{path}.{name}": value for name, value in parameters.items()}
         for path, fit in self._fits.items():
@@ -205,7 +212,7 @@ class AdapterOutput:
             alpha_pattern=dict(others),
             use_dora=any(fit.magnitude is not None for fit in self._fits.values()),
             bias="lora_only" if self._biases else "none",
-            target_modules=exactly(list(ranks)) if ranks else DUMMY_TARGET_MODULES,
+            target_modules=list(ranks) or DUMMY_TARGET_MODULES,  # a regex would be taken for names of old experts
             modules_to_save=sorted(self._replaced) or None,
             fan_in_fan_out=fan_in_fan_out,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from types import EllipsisType
 
 import torch
 
@@ -21,6 +23,30 @@ from stages.weights.tensor_file import DTYPES, NAMES, Specification
 # Fitting a DoRA alternates between row scales and a low-rank part, and may put a row of unusual size into the latter
 # for good (1 of 168 matrices of the default pipeline did): directions to spare leave room for the others.
 SPARE = 2
+
+Place = int | EllipsisType  # of a matrix in its parameter: the number of an expert, or all of it
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one stage makes of a parameter, or of one expert's matrix in it.
+
+    Attributes:
+        factors: of its delta; None if it is not low-rank.
+        alone: computes the parameter with this delta alone, float32.
+    """
+
+    factors: Factors | None
+    alone: Callable[[], torch.Tensor]
+
+    def at(self, place: Place) -> Change:
+        """What it makes of a part of the parameter."""
+        factors = (self.factors[0][place], self.factors[1][place]) if self.factors else None
+        return Change(factors, lambda: self.alone()[place])
+
+    def turned(self) -> Change:
+        """The same of the transposed parameter."""
+        return Change(_turned(self.factors), lambda: self.alone().mT)
 
 
 class Merged:
@@ -105,30 +131,26 @@ class Merged:
         Raises:
             MistakeError: the merge of one of them is not finite.
         """
-        weights = self.base.module(path)
-        stages = [stage for stage in self.stages if path in stage.adapter.modules]
-        return {parameter: self._parameter(path, parameter, weight, stages) for parameter, weight in weights.items()}
+        return {name: self._parameter(path, name, weight) for name, weight in self.base.module(path).items()}
+
+    def matrices(self, path: str, parameter: str) -> list[tuple[str, Place]]:
+        """What is merged by itself of a parameter: each expert of a stack, else all of it; with names for them."""
+        name = f"{path}.{parameter}"
+        shape, _ = self.base.specification(name)
+        if self.base.architecture.is_stack(path) and len(shape) > 1:
+            return [(f"{name}.{number}", number) for number in range(shape[0])]
+        return [(name, ...)]
 
     def factors(self, path: str) -> Factors | None:
         """The merged delta of the weight of `path` as left [rows, r] @ right [r, columns], if it has that form.
 
         A sum of low-rank deltas has it, and so has every merge in core space (arXiv 2509.17786).
         """
-        stages = [stage for stage in self.stages if path in stage.adapter.modules]
-        found = {stage.name: stage.adapter.factors(path) for stage in stages}
-        factors = {name: pair for name, pair in found.items() if pair is not None and pair[0].any()}
-        if not factors or any(pair is None for pair in found.values()):
-            return None
-        name = f"{path}.weight"
-        coefficients = self.coefficients(name, list(factors))
-        if coefficients is not None:
-            lefts = [coefficients[stage] * left for stage, (left, _) in factors.items()]
-            return torch.cat(lefts, 1), torch.cat([right for _, right in factors.values()])
-        if self._in_core:
-            values = self._values(name, list(factors))
-            left, right = merge_in_core(factors, lambda cores: self._merge_cores(name, cores, values))
-            return self._depth_scale(name) * left, right
-        return None
+        changes = self._changes(path, "weight")
+        if self._is_turned(path):
+            changes = {stage: change.turned() for stage, change in changes.items()}
+            return _turned(self._factors(f"{path}.weight", changes))
+        return self._factors(f"{path}.weight", changes)
 
     def coefficients(self, name: str, touching: list[str]) -> dict[str, float] | None:
         """What each delta is multiplied with where the merge is base + Σ cᵢΔᵢ; None where it is not.
@@ -166,6 +188,18 @@ class Merged:
         total = sum(rank for rank in ranks if rank) + SPARE if ranks and all(ranks) else None
         return self.merge.adapter.rank or total
 
+    @cached_property
+    def replaced(self) -> dict[str, str]:
+        """By module, the outermost around it that an adapter replaces as a whole, with all that is in it.
+
+        PEFT takes a module with weights of its own, such as an attention with sinks, together with those inside.
+        """
+        wholes = [path for path in self.changed() if self.rank(path) is None]
+        found = {
+            path: next((whole for whole in wholes if f"{path}.".startswith(f"{whole}.")), "") for path in self.modules
+        }
+        return {path: whole for path, whole in found.items() if whole}
+
     def is_transposed(self, path: str) -> bool:
         """Whether the weight is [in, out], as GPT-2 has it."""
         return self.base.architecture.is_transposed(path)
@@ -174,43 +208,81 @@ class Merged:
     def _in_core(self) -> bool:
         return self.merge.space == "core" or self._kernel.traits.rotation_free
 
-    def _parameter(
-        self, path: str, parameter: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]
-    ) -> torch.Tensor:
-        name = f"{path}.{parameter}"
-        if self._kernel.traits.is_sum and (merged := self._sum(name, weight, stages)) is not None:
-            return self._finite(name, merged)
-        if parameter == "weight" and self._in_core and (factors := self.factors(path)):
-            return self._finite(name, torch.addmm(weight, *factors))
-        models = {stage.name: stage.alone(path)[parameter] for stage in stages}
+    def _parameter(self, path: str, parameter: str, weight: torch.Tensor) -> torch.Tensor:
+        changes = self._changes(path, parameter)
+        if not changes:
+            return weight
+        merged = []
+        for name, place in self.matrices(path, parameter):
+            matrix, own = weight[place], {stage: change.at(place) for stage, change in changes.items()}
+            if matrix.dim() == 2 and self._is_turned(path):
+                turned = {stage: change.turned() for stage, change in own.items()}
+                merged.append(self._matrix(name, matrix.mT, turned).mT)
+            else:
+                merged.append(self._matrix(name, matrix, own))
+        whole = torch.stack(merged) if len(merged) > 1 else merged[0].view_as(weight)
+        return self._finite(f"{path}.{parameter}", whole)
+
+    def _is_turned(self, path: str) -> bool:
+        """Whether matrices are to be transposed for the method."""
+        return self._kernel.traits.is_directed and self.base.architecture.is_turned(path)
+
+    def _changes(self, path: str, parameter: str) -> dict[str, Change]:
+        """By stage, of those that adapt module `path`."""
+        return {
+            stage.name: Change(stage.adapter.factors(path, parameter), cache(partial(_alone, stage, path, parameter)))
+            for stage in self.stages
+            if path in stage.adapter.modules
+        }
+
+    def _matrix(self, name: str, weight: torch.Tensor, changes: dict[str, Change]) -> torch.Tensor:
+        """The merge of what `matrices` gives."""
+        if self._kernel.traits.is_sum and (merged := self._sum(name, weight, changes)) is not None:
+            return merged
+        if self._in_core and (factors := self._factors(name, changes)):
+            return torch.addmm(weight, *factors)
+        models = {stage: change.alone() for stage, change in changes.items()}
         models = {stage: model for stage, model in models.items() if not torch.equal(model, weight)}
         if not models:
             return weight
         values, scale = self._values(name, list(models)), self._depth_scale(name)
         merged = self._kernel.run(name, weight, models, values)
-        merged = merged if scale == 1 else torch.lerp(weight, merged, scale)
-        return self._finite(name, merged)
+        return merged if scale == 1 else torch.lerp(weight, merged, scale)
 
-    def _sum(self, name: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]) -> torch.Tensor | None:
+    def _factors(self, name: str, changes: dict[str, Change]) -> Factors | None:
+        """Those of the merged delta, if it has that form."""
+        found = {stage: change.factors for stage, change in changes.items()}
+        factors = {stage: pair for stage, pair in found.items() if pair is not None and pair[0].any()}
+        if not factors or any(pair is None for pair in found.values()):
+            return None
+        coefficients = self.coefficients(name, list(factors))
+        if coefficients is not None:
+            lefts = [coefficients[stage] * left for stage, (left, _) in factors.items()]
+            return torch.cat(lefts, 1), torch.cat([right for _, right in factors.values()])
+        if self._in_core:
+            values = self._values(name, list(factors))
+            left, right = merge_in_core(factors, lambda cores: self._merge_cores(name, cores, values))
+            return self._depth_scale(name) * left, right
+        return None
+
+    def _sum(self, name: str, weight: torch.Tensor, changes: dict[str, Change]) -> torch.Tensor | None:
         """Base + Σ cᵢΔᵢ, low-rank deltas straight from their factors; None where the method is no such sum."""
-        path, _, parameter = name.rpartition(".")
         deltas: dict[str, Factors | torch.Tensor] = {}
-        for stage in stages:
-            factors = stage.adapter.factors(path) if parameter == "weight" else None
-            changed = stage.alone(path)[parameter] - weight if factors is None else factors[0]
-            if changed.any():
-                deltas[stage.name] = factors or changed
+        for stage, change in changes.items():
+            delta = change.factors or change.alone() - weight
+            if (delta[0] if isinstance(delta, tuple) else delta).any():
+                deltas[stage] = delta
         if not deltas:
             return weight
         coefficients = self.coefficients(name, list(deltas))
         if coefficients is None:
             return None
         merged = weight.clone()
-        for name, delta in deltas.items():
+        for stage, delta in deltas.items():
             if isinstance(delta, tuple):
-                merged.addmm_(*delta, alpha=coefficients[name])
+                merged.addmm_(*delta, alpha=coefficients[stage])
             else:
-                merged.add_(delta, alpha=coefficients[name])
+                merged.add_(delta, alpha=coefficients[stage])
         return merged
 
     def _merge_cores(self, name: str, cores: dict[str, torch.Tensor], values: Values) -> torch.Tensor:
@@ -234,6 +306,15 @@ class Merged:
                 f"checkpoints: the merge of {name} from {listed} is not finite; train that stage again with a lower lr"
             )
         return merged
+
+
+def _turned(factors: Factors | None) -> Factors | None:
+    """Those of the transposed matrix."""
+    return (factors[1].mT, factors[0].mT) if factors else None
+
+
+def _alone(stage: VirtualCheckpoint, path: str, parameter: str) -> torch.Tensor:
+    return stage.alone(path)[parameter]
 
 
 def open_merged(base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> Checkpoint | Merged:

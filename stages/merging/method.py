@@ -16,6 +16,7 @@ class Traits:
 
     Attributes:
         is_sum: the merge is base + Σ cᵢΔᵢ; of `linear` where its weights sum to 1.
+        is_directed: it tells outputs from inputs, and is given every matrix as [out, in], however it is stored.
         rotation_free: rotating all inputs rotates the result, so that low-rank deltas can be merged in their small
             core with the same result.
         trims: it keeps the entries of largest magnitude, which `trim` finds without mergekit's full sort.
@@ -24,6 +25,7 @@ class Traits:
     """
 
     is_sum: bool = False
+    is_directed: bool = False
     rotation_free: bool = False
     trims: bool = False
     float64: bool = False
@@ -69,7 +71,7 @@ def merge_method(paper: str, rotation_free: bool = False) -> Callable[[Callable[
         name = function.__name__
         method = mergekit.merge_method(function, name=name, reference_url=paper, contract=CONTRACT)
         mergekit.register(method)
-        OURS[name] = Traits(rotation_free=rotation_free)
+        OURS[name] = Traits(is_directed=True, rotation_free=rotation_free)
         return method
 
     return decorate

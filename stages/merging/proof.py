@@ -58,7 +58,7 @@ class Proof:
         for name in self._merged.names([path]):
             for piece, _ in self._base.pieces(name):
                 pairs = zip(self._base.file(piece).pieces(piece), self._file.pieces(piece), strict=True)
-                if not all(torch.equal(_bytes(before.to(after.dtype)), _bytes(after)) for before, after in pairs):
+                if not all(torch.equal(_bits(before.to(after.dtype)), _bits(after)) for before, after in pairs):
                     raise MistakeError(f"the merged file has other numbers in {piece} than the base; {AGAIN}")
 
     def changed(self, path: str, weights: Tensors) -> None:
@@ -75,7 +75,7 @@ class Proof:
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             found = assemble(self._merged.pieces(name), self._file.read)
-            if not torch.equal(found, values.to(found.dtype)):
+            if not torch.equal(_bits(found), _bits(values.to(found.dtype))):
                 raise MistakeError(f"the merged file has other numbers in {name} than the merge; {AGAIN}")
             moved = moved or not torch.equal(found, self._base.stored(name).to(found.dtype))
         if not moved:
@@ -85,22 +85,25 @@ class Proof:
         """Raise a MistakeError if the merge is a sum of changes, and theirs is more than rounding takes."""
         before = self._base.module(path)
         stages = [stage for stage in self._merged.stages if path in stage.adapter.modules]
-        for parameter in weights:
-            name, weight = f"{path}.{parameter}", before[parameter]
-            deltas = {stage.name: stage.alone(path)[parameter] - weight for stage in stages}
+        alone = {stage.name: stage.alone(path) for stage in stages}
+        places = [(parameter, *place) for parameter in weights for place in self._merged.matrices(path, parameter)]
+        for parameter, name, place in places:
+            weight, dtype = before[parameter][place], DTYPES[self._merged.specification(f"{path}.{parameter}")[1]]
+            deltas = {stage: values[parameter][place] - weight for stage, values in alone.items()}
             deltas = {stage: delta for stage, delta in deltas.items() if delta.any()}
             coefficients = self._merged.coefficients(name, list(deltas)) if deltas else None
             if coefficients is None:
                 continue
             total = torch.stack([coefficients[stage] * delta.double() for stage, delta in deltas.items()]).sum(0)
-            room = weight.abs() * torch.finfo(DTYPES[self._merged.specification(name)[1]]).eps
+            room = weight.abs() * torch.finfo(dtype).eps
             if (total.abs() > room).any():
                 changed = f"{', '.join(deltas)} changed in {name}"
                 raise MistakeError(f"the merged file has nothing of what {changed}; {AGAIN}")
 
 
-def _bytes(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.uint8)  # so NaN, which a vision tower may hold, is the same as itself
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Numbers as integers, eight bytes at once if they are so many; NaN, which a vision tower may hold, is itself."""
+    return values.flatten().view(torch.int64 if values.nbytes % 8 == 0 else torch.uint8)
 
 
 def _told(specification: Specification | None) -> str:

@@ -19,7 +19,8 @@ from stages.models.names import part
 from stages.weights.single_file import SingleFile
 from stages.weights.tensor_file import size
 
-Part = tuple[str, float | None, bytes]  # module, error of its fit or None where it is replaced, tensors of the adapter
+# Module, error of its fit or None where it or what is in it is replaced, tensors of the adapter by their names in it.
+Part = tuple[str, float | None, bytes]
 
 
 class Writer:
@@ -32,6 +33,7 @@ class Writer:
             self._proof.header()
         self._changed = set(merged.changed())
         self._adapter = "adapter" in merged.merge.outputs
+        self._replaced = merged.replaced if self._adapter else {}
         self._dora = self._adapter and any(merged.rank(path) and not merged.is_low_rank(path) for path in self._changed)
 
     def bytes(self, path: str) -> int:
@@ -41,11 +43,11 @@ class Writer:
     def write(self, path: str) -> Part | None:
         """Merge module `path` and write it; its part of the adapter if there is one."""
         if path not in self._changed:
-            for name in self._merged.names([path]):
-                self._copy(name)
             if self._proof:
+                for name in self._merged.names([path]):
+                    self._copy(name)
                 self._proof.untouched(path)
-            return None
+            return self._part(path, self._base.module(path)) if path in self._replaced else None
         weights = self._merged.module(path)
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
@@ -67,12 +69,13 @@ class Writer:
 
     def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:
         """The module as an adapter: LoRA where the merge is low-rank, DoRA where it is not, else all of its weights."""
-        before = self._base.module(path)
+        if whole := self._replaced.get(path):
+            names = {name: f"{path}.{name}".removeprefix(f"{whole}.") for name in weights}
+            return whole, None, save({names[name]: values.contiguous() for name, values in weights.items()})
+        before, rank = self._base.module(path), self._merged.rank(path)
+        assert rank is not None  # else it is replaced
         if all(torch.equal(values, before[name]) for name, values in weights.items()):
             return None  # its stages have no weight here, or cancel
-        rank = self._merged.rank(path)
-        if rank is None:
-            return path, None, save({name: values.contiguous() for name, values in weights.items()})
         transposed = self._merged.is_transposed(path)
         base, target = (w["weight"].T if transposed else w["weight"] for w in (before, weights))
         factors = self._merged.factors(path)
@@ -85,8 +88,9 @@ class Writer:
         tensors = {"A": fit.A, "B": fit.B}
         if fit.magnitude is not None:
             tensors["magnitude"] = fit.magnitude
-        if "bias" in weights and not torch.equal(weights["bias"], before["bias"]):
-            tensors["bias"] = weights["bias"]
+        if "bias" in weights:
+            is_old = torch.equal(weights["bias"], before["bias"])
+            tensors["old_bias" if is_old else "bias"] = weights["bias"]
         return path, fit.error, save(tensors)
 
 
@@ -131,4 +135,4 @@ def add_part(adapter: AdapterOutput, part: Part) -> None:
         adapter.add_replacement(path, tensors)
     else:
         fit = Fit(tensors["A"], tensors["B"], tensors.get("magnitude"), error)
-        adapter.add_linear(path, fit, tensors.get("bias"))
+        adapter.add_linear(path, fit, tensors.get("bias"), tensors.get("old_bias"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from stages.errors import MistakeError, first_line
+from stages.errors import MistakeError, first_line, placed
 from stages.files import ADAPTER, sha256
 from stages.settings.stage import Imported, Stage
 
@@ -35,9 +35,23 @@ class Import(Imported):
             raise MistakeError("revision is missing; a hub adapter needs the commit to be repeatable")
 
     def try_out(self) -> None:
-        """A folder is looked at; what is on the hub is left to the stage itself."""
+        """A folder and its configuration are looked at; what is on the hub is left to the stage itself."""
+        from stages.weights.foreign import read_config
+
         if self.path is not None:
-            self.locate()
+            folder = self.locate()
+            with placed("path: "):
+                read_config(folder / ADAPTER[0])
+
+    def try_on_base(self) -> None:
+        """Each tensor of a folder has its place."""
+        from stages.weights.foreign import AGAIN, names_in_peft, read_config
+        from stages.weights.tensor_file import TensorFile
+
+        if self.path is not None:
+            config, weights = (self.locate() / file for file in ADAPTER)
+            with placed("path: "):
+                names_in_peft(TensorFile(weights, AGAIN), read_config(config))
 
     def locate(self) -> Path:
         """Folder with the adapter's two files, downloaded if it is on the hub."""

@@ -24,7 +24,7 @@ class LowRank(Training):
     use_dora: ClassVar[bool] = False
 
     rank: int = Field(default=16, gt=0)
-    """Directions that a matrix can change in."""
+    """Directions that a matrix can change in, and each expert's in a mixture of them."""
     alpha: float | None = Field(default=None, gt=0)
     """The change is scaled by alpha/rank; twice the rank unless it is given."""
     dropout: Share = 0.0

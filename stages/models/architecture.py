@@ -125,6 +125,10 @@ class Architecture:
         """Whether a module has the matrices of several experts as one parameter."""
         return path in self.modules and self.modules[path].kind in STACKS
 
+    def is_turned(self, path: str) -> bool:
+        """Whether the matrices of a module, several or one, are [in, out]."""
+        return path in self.modules and self.modules[path].kind in ("conv1d", "transposed_experts")
+
     def is_mistaken(self, path: str) -> bool:
         """Whether PEFT would take a matrix for one of the fused experts, by its name, and adapt all of them instead."""
         is_named_so = self.is_matrix(path) and path.rpartition(".")[2] in OLD_NAMES

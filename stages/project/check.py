@@ -53,8 +53,11 @@ def load_checked() -> Params:
     return params
 
 
-def check_against_base(params: Params) -> None:
+def check_against_base(params: Params) -> bool:
     """Hold the stages against the base in checkpoints/, if that is the one that params.yaml names.
+
+    Returns:
+        Whether it is.
 
     Raises:
         MistakeError: the base has no such layer, no module of such a name, or a method does not go with it.
@@ -62,12 +65,14 @@ def check_against_base(params: Params) -> None:
     record = read_record(BASE) if (BASE / "stage.json").exists() else {}
     room = params.base.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
     named = (params.base.model, params.base.revision, params.base.sha256, room)
-    if named == tuple(record.get(key) for key in ("model", "revision", "pin", "room")):
+    is_made = named == tuple(record.get(key) for key in ("model", "revision", "pin", "room"))
+    if is_made:
         import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
         refuse_layers_outside(params, record["layers"])
         model = empty_model(BASE)
         refuse_misfits(params, model, describe(model))
+    return is_made
 
 
 def refuse_layers_outside(params: Params, num_layers: int) -> None:
@@ -124,6 +129,11 @@ def _made() -> dict[str, Any]:
 def datasets_to_make(params: Params) -> list[str]:
     """Datasets that DVC has still to make, or to make anew since params.yaml says something else of them."""
     return list(_to_make("datasets", params.datasets, DATA, _made()))
+
+
+def stages_to_make(params: Params) -> list[str]:
+    """Stages that DVC has still to make, or to make anew since params.yaml says something else of them."""
+    return list(_to_make("stages", params.stages, CHECKPOINTS, _made()))
 
 
 def _to_make(section: str, settings: dict[str, Any], folder: Path, made: dict[str, Any]) -> Iterator[str]:

@@ -62,6 +62,13 @@ class Stage(Chosen):
             MistakeError: as `check`.
         """
 
+    def try_on_base(self) -> None:
+        """Refuse what only the base in checkpoints/ can tell.
+
+        Raises:
+            MistakeError: as `check`, or the sentence names a file.
+        """
+
 
 class Training(Stage, ABC):
     """A stage that is trained here; a method adds its own keys and says how it is put on the model."""

@@ -12,9 +12,9 @@ from stages.files import ADAPTER, BASE, CHECKPOINTS, FORMAT, publish, read_recor
 from stages.models.architecture import OUTSIDE
 from stages.settings.stage import Imported
 from stages.training.batches import hash_of
-from stages.training.foreign import names_in_peft, read_config
 from stages.weights.adapter import Adapter
 from stages.weights.checkpoint import Checkpoint
+from stages.weights.foreign import AGAIN, names_in_peft, read_config
 from stages.weights.tensor_file import TensorFile
 
 
@@ -35,7 +35,7 @@ def import_adapter(name: str, stage: Imported, lineage: dict[str, str]) -> int:
     with placed(f"params.yaml: stages.{name}."):
         source = stage.locate()
     config, weights = (source / file for file in ADAPTER)
-    file = TensorFile(weights)
+    file = TensorFile(weights, AGAIN)
     names = names_in_peft(file, read_config(config))
     with publish(CHECKPOINTS / name) as folder:
         shutil.copy(config, folder)

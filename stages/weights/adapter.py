@@ -34,6 +34,7 @@ LORA = {
     "lora_magnitude_vector.weight",
 }
 VERA = {"vera_lambda_b", "vera_lambda_d"}
+BIAS = "base_layer.bias"  # trained beside an adapter, with `bias` of PEFT's configuration
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # VeRA's random factors, one pair for all modules
 FIX = "use an adapter that was trained on this base"
 
@@ -49,12 +50,16 @@ class Adapter:
         modules: names of the modules that it adapts.
 
     Raises:
-        MistakeError: a tensor of the adapter fits no module of the model.
+        MistakeError: it is no adapter, or a tensor of it fits no module of the model.
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder, self.architecture = folder, architecture
         self.config: dict[str, Any] = read_json(folder / "adapter_config.json")
+        if not isinstance(self.config, dict) or "peft_type" not in self.config:
+            raise MistakeError(
+                f"{folder / 'adapter_config.json'} is none of PEFT's; delete {folder}, and run `dvc repro`"
+            )
         self._is_lora = self.config["peft_type"] == "LORA"
         self._file = TensorFile(folder / "adapter_model.safetensors")
         self._targets = self._targeted()
@@ -78,9 +83,14 @@ class Adapter:
         parts = set(self._keys[path])
         return parts == VERA or (self._is_lora and parts == {"lora_A.weight", "lora_B.weight"})
 
-    def factors(self, path: str) -> Factors | None:
-        """The delta of module `path` as left [rows, r] @ right [r, columns], float32; None if it is not low-rank."""
-        if not self.is_low_rank(path):
+    def factors(self, path: str, parameter: str = "weight") -> Factors | None:
+        """The delta of a parameter as left [rows, r] @ right [r, columns], float32; None if it is not low-rank.
+
+        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
+        """
+        if parameter in self._targets.get(path, []):
+            return self._factors_beside(path, parameter)
+        if parameter != "weight" or not self.is_low_rank(path):
             return None
         if VERA & set(self._keys[path]):
             up, down = self._vera(path)
@@ -88,16 +98,11 @@ class Adapter:
             down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
-    def parameter_factors(self, path: str, name: str) -> Factors | None:
-        """The delta of a parameter that the adapter is beside, as left @ right, float32; None for every other.
-
-        Of a stack of experts they are [experts, rows, r] and [experts, r, columns].
-        """
-        if name not in self._targets.get(path, []):
-            return None
-        down, up = (self._read(path, f"{name}.lora_{side}.weight") for side in "AB")
-        up *= self._scaling(path, name)
-        if (experts := _experts(self.architecture.modules[path].parameters[name])) == 1:
+    def _factors_beside(self, path: str, parameter: str) -> Factors:
+        down, up = (self._read(path, f"{parameter}.lora_{side}.weight") for side in "AB")
+        up *= self._scaling(path, parameter)
+        experts, *matrix = self.architecture.modules[path].parameters[parameter]
+        if len(matrix) == 1:
             return up, down
         down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts).permute(2, 0, 1)
         return (down.mT, up.mT) if self._has_transposed_experts(path) else (up, down)
@@ -122,9 +127,8 @@ class Adapter:
             return weights | {name: self._read(path, name) for name in parts & weights.keys()} | changed
         if self._is_lora and parts <= LORA:
             return weights | self._lora(path, weights)
-        if parts == VERA:
-            up, down = self._vera(path)
-            return weights | {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
+        if parts <= VERA | {BIAS} and parts >= VERA:
+            return weights | self._vera_merged(path, weights)
         return self._merge_by_peft(path, weights)
 
     def _lora(self, path: str, weights: Tensors) -> Tensors:
@@ -159,6 +163,11 @@ class Adapter:
             shape = "eio" if self._has_transposed_experts(path) else "eoi"
             delta = torch.einsum(f"ore,eri->{shape}", up, down)
         return weight + delta.mul_(self._scaling(path, name))
+
+    def _vera_merged(self, path: str, weights: Tensors) -> Tensors:
+        up, down = self._vera(path)
+        merged = {"weight": weights["weight"] + ((up @ down).T if self._is_transposed(path) else up @ down)}
+        return merged | {"bias": self._read(path, BIAS)} if BIAS in self._keys[path] else merged
 
     def _vera(self, path: str) -> Factors:
         """diag(b)·B [out, r] and diag(d)·A [r, in] (arXiv 2310.11454): of the shared pair, what fits the weight."""

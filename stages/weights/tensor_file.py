@@ -41,19 +41,18 @@ class TensorFile:
 
     Args:
         path: the file.
+        fix: what to do with one that is not whole.
 
     Raises:
         MistakeError: it is missing, cut short, its header does not describe its bytes exactly, or a dtype is unknown.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fix: str = "delete it and run `dvc repro`") -> None:
         try:
             with safe_open(path, framework="pt"):  # checks header, shapes, dtypes and offsets against the file
                 pass
         except (SafetensorError, OSError) as error:
-            raise MistakeError(
-                f"{path} is not a whole safetensors file ({str(error).strip()}); delete it and run `dvc repro`"
-            ) from None
+            raise MistakeError(f"{path} is not a whole safetensors file ({str(error).strip()}); {fix}") from None
         self.path = path
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -37,6 +37,14 @@ def test_what_is_not_json_is_told(workspace, text):
         read_json(Path("a.json"))
 
 
+def test_what_is_missing_or_no_record_is_told(workspace):
+    with pytest.raises(MistakeError, match=r"^a/stage.json is missing; run `dvc repro`$"):
+        read_record(Path("a"))
+    write_json(Path("a/stage.json"), [])
+    with pytest.raises(MistakeError, match=r"^a has checkpoint format None, .* make it again with `dvc repro`"):
+        read_record(Path("a"))
+
+
 def test_a_checkpoint_of_another_format_is_refused(workspace):
     for content in ({"name": "a"}, {"name": "a", "format": FORMAT}):
         write_json(Path("a/stage.json"), content)

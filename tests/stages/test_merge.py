@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from mergekit.merge_methods import merge_tensors
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge as merge_stage
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
 from stages.merge import write
+from stages.merging.core_space import merge_in_core
 from stages.merging.kernels import find_kernel
 from stages.merging.merged import Merged
 from stages.models.loading import load_model
@@ -219,6 +221,114 @@ def test_experts_are_part_of_the_adapter(architecture, second):
     assert model.keys() == load_file(BASE / "model.safetensors").keys()
     for name, weight in written.items():
         assert torch.allclose(loaded[name], weight, atol=1e-6), name
+
+
+LAYERS_OF_EXPERTS = {"experts": "1-2"}
+DENSE = [{"method": "tsv_m"}, {"method": "iso_c"}, {"method": "iso_cts"}, {"method": "svc"}, {"method": "knots"}]
+DENSE += [{"method": "ties", "parameters": {"density": 0.4}}, {"method": "sce", "parameters": {"select_topk": 0.5}}]
+
+
+def matrices(base, path, weights):
+    """Matrices of single experts as [out, in] and their biases, by parameter and number."""
+    turn = base.architecture.modules[path].kind == "transposed_experts"
+    parts = [(f"{name}.{n}", part) for name, values in weights.items() for n, part in enumerate(values)]
+    return {name: part.mT if turn and part.dim() == 2 else part for name, part in parts}
+
+
+@pytest.mark.parametrize("kinds", [("full", "full"), ("lora", "lora"), ("full", "lora")])
+@pytest.mark.parametrize("settings", DENSE, ids=lambda settings: settings["method"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_an_expert_is_merged_as_a_matrix_of_its_own(architecture, settings, kinds):
+    make_base(architecture)
+    for name, kind in zip(("one", "two"), kinds, strict=True):
+        make_stage(name, load_base(), kind, LAYERS_OF_EXPERTS, **({"rank": 3} if kind == "lora" else {}))
+    base, stages = open_stages(["one", "two"])
+    path = "model.layers.1.mlp.experts"
+    merge = Merge(weights={"one": 1.0, "two": 1.0}, **settings)
+
+    found = matrices(base, path, Merged(base, stages, merge).module(path))
+
+    before = matrices(base, path, base.module(path))
+    models = [matrices(base, path, stage.module(path)) for stage in stages]
+    for name, weight in before.items():
+        own = [model[name] for model in models if not torch.equal(model[name], weight)]
+        parameters = {"weight": 1.0} if settings["method"] != "sce" else {}
+        parameters |= merge.parameters
+        inputs = [weight, *own]
+        truth = merge_tensors(inputs, settings["method"], base_index=0, parameters=parameters) if own else weight
+        size = torch.linalg.norm(truth - weight)
+        assert torch.linalg.norm(found[name] - truth) <= 1e-4 * size + 1e-6, name
+        assert size > 1e-2 or weight.dim() == 1  # one stage alone has no variance, by which sce chooses
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("method", ["iso_cts", "svc", "knots"])
+def test_a_method_that_tells_outputs_from_inputs_is_given_conv1d_as_out_by_in(method, kind):
+    make_base("gpt2")
+    for name in ("one", "two"):
+        make_stage(name, load_base(), kind, "1", **({"rank": 3} if kind == "lora" else {}))
+    base, stages = open_stages(["one", "two"])
+    path = "transformer.h.1.mlp.c_fc"
+    found = Merged(base, stages, Merge(method=method, weights={"one": 1.0, "two": 1.0})).module(path)["weight"]
+
+    weight, *models = (each.module(path)["weight"].T.contiguous() for each in (base, *stages))
+    truth = merge_tensors([weight, *models], method, base_index=0, parameters={"weight": 1.0})
+
+    assert torch.linalg.norm(found.T - truth) <= 1e-4 * torch.linalg.norm(truth - weight)
+
+
+def test_a_stage_counts_for_an_expert_only_if_it_changes_it():
+    make_base("qwen3_moe")
+    for name in ("one", "two"):
+        make_stage(name, load_base(), "full", LAYERS_OF_EXPERTS)
+    path, parameter = "model.layers.1.mlp.experts", "down_proj"
+    file = Path("checkpoints/two/adapter_model.safetensors")
+    base, _ = open_stages(["one"])
+    tensors = load_file(file)
+    (key,) = (key for key in tensors if ".1." in key and key.endswith(parameter))
+    tensors[key][0] = base.module(path)[parameter][0]  # this expert it leaves as it is
+    save_file(tensors, file)
+
+    base, (one, two) = open_stages(["one", "two"])
+    merge = Merge(method="linear", weights={"one": 3.0, "two": 1.0}, dtype="float32")
+    found, weight = Merged(base, [one, two], merge).module(path)[parameter], base.module(path)[parameter]
+
+    assert torch.allclose(found[0], one.module(path)[parameter][0], atol=1e-6)
+    assert torch.allclose(
+        found[1], (3 * one.module(path)[parameter][1] + two.module(path)[parameter][1]) / 4, atol=1e-6
+    )
+    assert not torch.allclose(found[0], weight[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_core_space_is_that_of_each_expert(architecture):
+    make_base(architecture)
+    wrapped = [make_stage(name, load_base(), "lora", LAYERS_OF_EXPERTS, rank=2) for name in ("one", "two")]
+    base, stages = open_stages(["one", "two"])
+    path, parameter = "model.layers.1.mlp.experts", "down_proj"
+    settings = {"method": "ties", "parameters": {"density": 0.4}, "weights": {"one": 1.0, "two": 1.0}}
+    found, full = (
+        Merged(base, stages, Merge(space=space, **settings)).module(path)[parameter] - base.module(path)[parameter]
+        for space in ("core", "full")
+    )
+
+    pefts = [model.base_model.model.get_submodule(path) for model in wrapped]
+    layers = [layer if layer.parameter_name == parameter else layer.base_layer for layer in pefts]
+    factors = [layer.get_delta_factors("default") for layer in layers]
+
+    def ties(cores):
+        inputs = [torch.zeros_like(cores["a"]), *cores.values()]
+        return merge_tensors(inputs, "ties", base_index=0, parameters={"weight": 1.0, "density": 0.4})
+
+    for number, delta in enumerate(found):
+        own = {
+            name: (left[number] * scale, right[number])
+            for name, (left, right, scale) in zip("ab", factors, strict=True)
+        }
+        with torch.no_grad():
+            assert torch.allclose(delta, torch.matmul(*merge_in_core(own, ties)), atol=1e-6)
+        assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
+    assert not torch.allclose(found, full, atol=1e-3)
 
 
 def test_an_adapter_that_misses_the_merge_is_refused_and_nothing_is_written(workspace):

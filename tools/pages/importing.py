@@ -4,7 +4,7 @@ import importlib.metadata
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from stages.training.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
+from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
 from tools.pages.text import table
 
 

@@ -146,7 +146,9 @@ def write(folder, base, target, rank=9):
         if changed and path in linear:
             one, two = before[f"{path}.weight"], target[f"{path}.weight"]
             one, two = (one.T, two.T) if isinstance(module, Conv1D) else (one, two)
-            output.add_linear(path, fit_dora(one, two, rank), target[f"{path}.bias"] if "bias" in changed else None)
+            bias, is_new = target.get(f"{path}.bias"), "bias" in changed
+            fit = fit_dora(one, two, rank)
+            output.add_linear(path, fit, bias if is_new else None, None if is_new else bias)
         elif changed:
             output.add_replacement(path, {name: target[f"{path}.{name}"] for name in names})
     folder.mkdir()
@@ -161,7 +163,7 @@ def load(folder):
         model = PeftModel.from_pretrained(load_base(), folder).eval()
     file, state = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     assert all(torch.equal(state[key], value) for key, value in file.items())
-    assert all(key.endswith(".base_layer.bias") for key in state.keys() - file.keys())
+    assert state.keys() == file.keys()
     return model
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
@@ -265,6 +266,23 @@ def follow(method, batch):
     source, file = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
     assert source.keys() == file.keys(), f"{sorted(source.keys() ^ file.keys())[:3]} are other names than the base's"
     assert any(not torch.equal(file[name], source[name]) for name in source), "nothing changed"
+    open_by_peft(Merged(checkpoint, [opened], Merge(weights={"sums": 1.0}, outputs=["adapter"])), ids, truth)
+
+
+def open_by_peft(merged, ids, truth):
+    """The merge as an adapter is opened by PEFT and gives the logits, or is refused in a sentence."""
+    try:
+        write(merged, MERGED, {"format": "pt"})
+    except MistakeError as mistake:
+        assert str(mistake).startswith("params.yaml: merge.outputs names adapter, but "), mistake
+        shutil.rmtree(MERGED / "adapter")
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, MERGED / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, rtol=0, atol=1e-3), "merged/adapter"
 
 
 @torch.no_grad()
@@ -299,6 +317,7 @@ SOME = [
     "bart",
 ]
 REFUSED = {("mamba2", "lora")}
+NO_ADAPTER = {("deepseek_v3", "lora")}  # PEFT takes the projections of its dense layers for those of experts
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -313,6 +332,7 @@ def test_what_is_trained_is_what_is_merged(kind):
                 follow(method, batch.ids)
         else:
             follow(method, batch)
+            assert (MERGED / "adapter").exists() == ((kind, method) not in NO_ADAPTER)
     look(torch.arange(1, LENS + 2))
 
 

@@ -1,6 +1,8 @@
 """Adapters that were trained elsewhere: PEFT's own merge is the truth."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +15,15 @@ from transformers import AutoModelForCausalLM
 from stages import train
 from stages.errors import MistakeError
 from stages.files import ADAPTER, BASE, read_json, sha256, write_json
-from stages.training.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
+from stages.merge import write
+from stages.merging.merged import Merged
+from stages.settings.merge import Merge
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
-from tests.conftest import MIXTURES, PARAMS, make_base, make_outside
+from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
+from tests.conftest import MIXTURES, PARAMS, make_base, make_outside, make_stage
 from tests.stages.training.test_loop import run_train
+from tools import check
 
 CONFIGS = {
     "rank and alpha patterns": LoraConfig(
@@ -54,6 +60,8 @@ CONFIGS = {
         alpha_pattern={"mlp.up_proj.weight": 5},
     ),
     "weights of Conv1D as parameters": LoraConfig(target_modules=[], target_parameters=["c_fc.weight"], r=3),
+    "VeRA and all biases": VeraConfig(target_modules=["q_proj", "o_proj"], r=2, bias="all"),
+    "VeRA and biases of its modules": VeraConfig(target_modules=["q_proj"], r=2, bias="vera_only"),
     "embedding and DoRA": LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True),
 }
 PARAMETERS = {  # of mixtures of experts
@@ -76,7 +84,7 @@ PARAMETERS = {  # of mixtures of experts
     },
 }
 BASES = {
-    **dict.fromkeys(("all biases", "biases of its modules", "a bias of LoRA's own"), "qwen2"),  # it has some
+    **dict.fromkeys((name for name in CONFIGS if "bias" in name), "qwen2"),  # it has some
     "weights of Conv1D as parameters": "gpt2",
 }
 KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value in TYPES}
@@ -164,14 +172,19 @@ def assert_stage_is(truth):
 
 
 def imported(keys: str = "") -> None:
-    """A project whose stage `sums` is the adapter in outside/, pinned, and train it."""
+    """Train the stage `sums` of `write_project`."""
+    write_project(keys)
+    train.main("sums")
+
+
+def write_project(keys: str = "") -> None:
+    """A project whose stage `sums` is the adapter in outside/, pinned."""
     for dataset in ("sums", "words"):
         Path("data", dataset).mkdir(parents=True, exist_ok=True)
     Path("data/sums/train.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
     start, end = PARAMS.index("    method: lora"), PARAMS.index("  words:\n    parent")
     keys = keys or f"    path: outside\n    sha256: {content(Path('outside'))}\n"
     Path("params.yaml").write_text(PARAMS[:start] + "    method: import\n" + keys + PARAMS[end:])
-    train.main("sums")
 
 
 @pytest.fixture
@@ -245,15 +258,16 @@ PREFIX = "base_model.model.model.layers."
         (PREFIX, "base_model.model.language_model.model.layers."),
         (PREFIX, "model.layers."),
         (".lora_A.", ".lora_A.default."),
-        (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+        (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+        (".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"),
         ("norm.weight", "norm.modules_to_save.default.weight"),
     ],
 )
 def test_names_of_other_tools_and_versions_are_those_of_peft(outside, old, new):
     outside(LoraConfig(target_modules=["q_proj"], r=2, use_dora=True, modules_to_save=["model.norm"]))
-    truth = by_peft()
+    truth, before = by_peft(), content(Path("outside"))
     rewrite(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
-    assert any(new in name for name in load_file("outside/adapter_model.safetensors"))
+    assert all(old not in name.replace(new, "") for name in load_file(WEIGHTS)) and content(Path("outside")) != before
     imported()
     assert_stage_is(truth)
 
@@ -352,6 +366,37 @@ def pickled():
     WEIGHTS.rename("outside/adapter_model.bin")
 
 
+@pytest.mark.parametrize("name", ["_orig_mod.base_model.vera_A", "base_model.vera_A.default"])
+def test_the_random_factors_of_vera_have_names_of_other_tools_too(outside, name):
+    outside(VeraConfig(target_modules=["q_proj"], r=2))
+    truth = by_peft()
+    rewrite(lambda tensors: {key.replace("base_model.vera_A", name): tensor for key, tensor in tensors.items()})
+    imported()
+    assert_stage_is(truth)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merged_adapter_is_imported_as_what_it_is(outside, method):
+    """Where one bias has changed, PEFT has them all in the file."""
+    outside(LoraConfig(target_modules=["q_proj"], r=2), "qwen2")
+    biased = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, bias="lora_only")
+    make_outside("biased", load_base(), biased)
+    make_stage("other", load_base(), method, {"self_attn.k_proj": "1", "self_attn.q_proj": "2"}, rank=2)
+    names = ["biased", "other"]
+    Path("merged").mkdir()
+    merge = Merge(weights=dict.fromkeys(names, 1.0), outputs=["model", "adapter"], dtype="float32")
+    write(Merged(*open_stages(names), merge), Path("merged"), {"format": "pt"})
+    shutil.rmtree("outside")
+    shutil.move("merged/adapter", "outside")
+    truth = by_peft()
+    assert any(".base_layer.bias" in name for name in load_file(WEIGHTS))
+    imported()
+    assert_stage_is(truth)
+    assert all(
+        torch.allclose(truth[name], weight, atol=1e-5) for name, weight in load_file("merged/model.safetensors").items()
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "keys", "sentence"),
     [
@@ -389,6 +434,7 @@ def pickled():
             "q_proj.lora_B.weight, one of 4 that its adapter_config.json asks for",
         ),
         (lambda: WEIGHTS.write_bytes(b"12345678"), "", "outside/adapter_model.safetensors is not a whole safetensors"),
+        (lambda: os.truncate(WEIGHTS, 2000), "", "; copy the adapter again from where it is whole"),
         (lambda: CONFIG.write_text("{"), "", "outside/adapter_config.json is not valid JSON"),
         (lambda: CONFIG.write_text('{"fine_tune_type": "lora"}'), "", "has no peft_type, so it is not PEFT's"),
         (configured(peft_type="VBLORA"), "", "peft_type is 'VBLORA', whose modules cannot be merged one by one"),
@@ -418,6 +464,24 @@ def test_what_does_not_fit_is_refused_in_one_sentence(outside, spoil, keys, sent
         imported(keys)
     assert sentence in str(mistake.value) and "\n" not in str(mistake.value)
     assert not Path("checkpoints/sums").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (configured(init_lora_weights="pissa"), "init_lora_weights is 'pissa', with which"),
+        (renamed("layers.3", "layers.9"), "layers.9.self_attn.q_proj.lora_A.weight belongs to no module of the base"),
+        (changed(lambda tensor: tensor * torch.nan), "has numbers that are not finite"),
+        (lambda: os.truncate(WEIGHTS, 2000), "is not a whole safetensors file"),
+    ],
+)
+def test_check_tells_what_training_would(outside, spoil, sentence):
+    outside(LoraConfig(target_modules=["q_proj"], r=8))
+    spoil()
+    write_project()
+    with pytest.raises(MistakeError, match=re.escape(sentence)) as mistake:
+        check.main()
+    assert str(mistake.value).startswith("params.yaml: stages.sums.path: outside/adapter_")
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,11 @@ def test_a_state_that_a_model_keeps_in_a_copied_module_is_the_copys(workspace):
     block.rg_lru.recurrent_states = state = torch.ones(1)
     assert block.rg_lru.ln_tuning_layers["default"].recurrent_states is state
     assert block.rg_lru.base_layer.recurrent_states is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_the_rank_is_that_of_each_expert_and_all_of_them_are_counted(workspace, kind):
+    _, wrapped = put(kind, "lora", layers={"mlp.experts": "1"}, rank=3)
+    trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    assert trained == 4 * 3 * ((32 + 2 * 64) + (64 + 32))  # experts, rank, and both sides of two matrices

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.errors import MistakeError, first_line
+from stages.errors import MistakeError
 from stages.files import BASE, read_json
-from stages.models.architecture import empty_model
 from stages.weights.adapter import FIX, PREFIX
+from stages.weights.places import tensors_of_peft
 from stages.weights.tensor_file import TensorFile
 
+AGAIN = "copy the adapter again from where it is whole"
 ELSEWHERE = "merge it where it was trained, and give the result as base.model"
 
 
@@ -143,7 +143,7 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
         MistakeError: PEFT refuses the configuration on this base, a tensor has no place or another shape, a place has
             no tensor, or a number is not finite.
     """
-    wanted, known = _tensors_of_peft(file.path.parent, config)
+    wanted, known = tensors_of_peft(file.path.parent, config)
     keys = [key for key in file if ORIGINAL not in key]
     names = {key: next((name for name in _spellings(key) if name in known), key) for key in keys}
     for key, name in names.items():
@@ -174,34 +174,13 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
     return names
 
 
-def _tensors_of_peft(folder: Path, config: dict[str, Any]) -> tuple[set[str], dict[str, list[int]]]:
-    """Names that PEFT would save for the configuration on the base, and shapes of all that it would load."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-
-    model = empty_model(BASE)
-    if config["peft_type"] == "SHIRA":
-        model.to_empty(device="cpu")  # its mask cannot be drawn on the meta device
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapter = PeftConfig.from_pretrained(str(folder))
-            wrapped = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-            saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    except Exception as error:  # PEFT raises what it likes for what it cannot do
-        raise MistakeError(
-            f"{folder / 'adapter_config.json'} is refused by PEFT on this base ({first_line(error)}); correct it, or"
-            f" {FIX}"
-        ) from None
-    kept = {name: weight for name, weight in wrapped.state_dict().items() if ".default" not in name}
-    return set(saved), {name: list(weight.shape) for name, weight in {**kept, **saved}.items()}
-
-
 def _spellings(key: str) -> list[str]:
     """Names that a tensor's name may stand for, itself first."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     text = [part for part in parts if part != TEXT]
     names = [PREFIX + ".".join(each).removeprefix(PREFIX) for each in (parts, text)]
-    return [key, *names, *(f"{name}.weight" for name in names)]  # DoRA's magnitudes were once no module
+    magnitudes = [name.removesuffix(".weight") for name in names]  # of DoRA, which some versions save as of a module
+    return [key, ".".join(parts), *names, *magnitudes]
 
 
 def _refuse_patterns_of_wrappers(folder: Path, config: dict[str, Any]) -> None:
@@ -214,7 +193,7 @@ def _refuse_patterns_of_wrappers(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _fix_of_name(key: str) -> str:
-    if re.search(r"\.lora_(down|up)\b", key):
+    if re.search(r"\.(lora_down|lora_up|alpha)\b", key):
         return "rename kohya's lora_down to lora_A and lora_up to lora_B, and write its alpha as lora_alpha"
     if re.search(r"\.lora_[ab]\b", key):
         return "MLX's lora_a and lora_b are PEFT's lora_A.weight and lora_B.weight transposed, so convert it"
