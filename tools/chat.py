@@ -21,6 +21,7 @@ from stages.weights.checkpoint import open_model
 from tools.terminal import positive, visible
 
 HELP = "/swap NAME … talks to others, /reset forgets what was said, /quit ends"
+CUT = "(cut by --max-new-tokens)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -122,7 +123,7 @@ class Chat:
             streamer = _Visible(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
             (answer,) = generate(self.loaded[name], self.tokenizer, [record], self.bounds, streamer)
             if answer.end != STOP:
-                print("(longer than the model reads)" if answer.end == UNASKED else "(cut by --max-new-tokens)")
+                print("(longer than the model reads)" if answer.end == UNASKED else CUT)
             said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
 
     def _record(self, messages: list[dict[str, str]]) -> Record:

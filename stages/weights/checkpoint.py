@@ -231,6 +231,8 @@ def open_model(name: str) -> Checkpoint | VirtualCheckpoint | Shifted:
         return Checkpoint(MERGED, name, open_base())
     if (MERGED / "adapter").exists():
         return VirtualCheckpoint(name, open_base(), MERGED / "adapter")
+    if not (MERGED / "delta.safetensors").exists():
+        raise MistakeError(f"{MERGED} holds no merged model; run `dvc repro merge`")
     return Shifted(name, open_base(), MERGED / "delta.safetensors")
 
 

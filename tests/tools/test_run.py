@@ -67,7 +67,7 @@ def test_side_by_side_and_killed_it_leaves_the_files_of_repro(pipeline):
 def test_a_stage_that_fails_leaves_the_others_results(pipeline):
     params = Path("params.yaml")
     good = params.read_text()
-    params.write_text(good.replace("    rank: 2\n    lr: 1.0e-3", "    rank: 2\n    lr: 1.0e+30"))
+    params.write_text(good.replace("lr: 1.0e-3\n    steps: 3", "lr: 1.0e+30\n    steps: 9"))
     ended = subprocess.run(RUN, capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" not in ended.stdout + ended.stderr
     assert ended.stderr.endswith("error: train@side failed, and what depends on it was left out; the reason is above\n")
