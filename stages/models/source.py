@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, cached_file
 
 from stages.errors import MistakeError, first_line
-from stages.files import read_json, sha256
+from stages.files import read_json, refuse_untracked, sha256
 from stages.models.architecture import layer_stack
 from stages.settings.base import Base
 
@@ -32,6 +32,7 @@ def locate(settings: Base) -> dict[str, Any]:
     name, path = settings.model, Path(settings.model)
     if name.startswith("~/"):
         path = path.expanduser()
+    refuse_untracked(path, "params.yaml: base.model")
     if name.startswith("bundled:"):
         if name not in BUNDLED:
             raise MistakeError(f"params.yaml: base.model {name!r} is not bundled; use {', '.join(BUNDLED)}")
