@@ -93,6 +93,8 @@ OF_TYPE = {  # what a type of three layers has otherwise
     "git": {"vision_config": SMALL | {"image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "mamba2": {"state_size": 16, "chunk_size": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 16, "chunk_size": 16},
     "phi4_multimodal": {
         "vision_config": SMALL | {"image_size": 28, "crop_size": 28},
         "audio_config": SMALL
