@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from stages.errors import MistakeError, first_line
 from stages.files import read_json, refuse_untracked, sha256
-from stages.models.architecture import layer_stack
+from stages.models.architecture import layer_stack, text_config
 from stages.settings.base import Base
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
@@ -179,10 +179,18 @@ def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -
 def refuse_speechless(name: str, model: PreTrainedModel) -> None:
     """Raise a MistakeError for a model whose last layer cannot be trained on text alone, such as one that drafts.
 
+    Nor can it where layers are skipped at random: a stage of few layers would have steps in which it learns nothing.
+
     Args:
         name: what params.yaml calls the model.
         model: which is left in training mode, and frozen but for that layer.
     """
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text_config(model), key, 0):
+            raise MistakeError(
+                f"params.yaml: base.model {name!r} skips whole layers at random while it is trained; write {key}: 0.0"
+                " in its config.json, in a copy of the model"
+            )
     model.requires_grad_(False)
     model.get_submodule(layer_stack(model))[-1].requires_grad_(True)  # type: ignore[index]
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]

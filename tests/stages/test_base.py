@@ -141,6 +141,22 @@ def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(p
     assert not BASE.exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "key"), [("opt", "layerdrop"), ("biogpt", "layerdrop"), ("bart", "decoder_layerdrop")]
+)
+def test_a_model_that_skips_layers_at_random_is_refused_until_it_does_not(project, kind, key):
+    build(kind, TINY | {key: 0.05}).save_pretrained("model")
+    with pytest.raises(
+        MistakeError, match=r"skips whole layers at random while it is trained; write \w+: 0.0 in"
+    ) as mistake:
+        base.main()
+    config = Path("model/config.json")
+    write_json(config, read_json(config) | {key: 0.0})
+    base.main()
+    assert f"write {key}: 0.0 in its" in str(mistake.value)
+
+
 def without(tensors):
     return {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.up_proj" not in name}
 
