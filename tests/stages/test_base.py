@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
+from stages.models.loading import compute_dtype, load_model
 from stages.models.room import add_adapters, add_neurons
 from stages.models.source import locate
 from stages.settings.base import Base
+from stages.weights.checkpoint import open_base
 from tests.conftest import COMMON, PARAMS, make_base, make_tokenizer
 from tests.stages.models.test_every_architecture import TINY, build
 
@@ -367,3 +369,10 @@ def test_the_default_is_a_real_model_from_a_gguf_file(project):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in text
+
+
+def test_a_model_runs_in_the_dtype_that_the_base_stage_chose_whatever_its_files_hold():
+    record = make_base(dtype=torch.bfloat16) / "stage.json"
+    for dtype in ("float32", "bfloat16"):
+        write_json(record, read_json(record) | {"dtype": dtype})
+        assert str(load_model(open_base(), compute_dtype()).dtype) == f"torch.{dtype}"

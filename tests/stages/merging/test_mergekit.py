@@ -156,10 +156,16 @@ def test_what_is_known_of_mergekits_methods_is_about_methods_and_parameters_that
         assert traits.ranges.keys() <= known[name], name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_equals_mergekit(whole_checkpoints, seeded, tmp_path, monkeypatch, method):
+NO_SUM = "linear", 3, {"normalize": False}, 0  # weights that do not sum to 1 are no base + Σ cᵢΔᵢ
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "parameters", "deviation"), [*((method, *row) for method, row in METHODS.items()), NO_SUM]
+)
+def test_every_method_equals_mergekit(
+    whole_checkpoints, seeded, tmp_path, monkeypatch, method, count, parameters, deviation
+):
     monkeypatch.setattr(kernels, "PART", 500)  # so that tensors are merged in parts where that is done
-    count, parameters, deviation = METHODS[method]
 
     found = ours(method, count, parameters)
     wanted = theirs(method, count, parameters, tmp_path)
