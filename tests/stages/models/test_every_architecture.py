@@ -311,7 +311,9 @@ def test_what_is_trained_is_what_is_merged(kind):
     save_source(model)
     for method in LEARNT:
         if (kind, method) in REFUSED:
-            with pytest.raises(MistakeError, match=r"does not go beside out_proj of .*, whose kernels read the weight"):
+            with pytest.raises(
+                MistakeError, match=r"out_proj of .*, whose kernels read .* \{in_proj: all\}, or choose"
+            ):
                 follow(method, batch.ids)
         else:
             follow(method, batch)
