@@ -38,6 +38,20 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def refuse_untracked(path: Path, where: str) -> None:
+    """Raise a MistakeError if a file or folder of the user's is there, but not in DVC's temporary workspace.
+
+    Args:
+        path: from the folder of params.yaml.
+        where: the key that names it, such as `params.yaml: base.model`.
+    """
+    if not path.exists() and (Path(os.environ.get("DVC_ROOT", ".")) / path).exists():
+        raise MistakeError(
+            f"{where} {str(path)!r} is not in the workspace of --temp or --queue, which has only what git tracks; git"
+            " add it, or write its full path"
+        )
+
+
 def read_json(path: Path) -> Any:
     """Parse the JSON file at `path`.
 

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -136,6 +138,17 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
 
 def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
     """Save a random model as checkpoints/base, in several files if `shards`."""
+    files, random_state = _base(architecture, dtype, shards)
+    with publish(BASE) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    torch.set_rng_state(random_state)
+    return BASE
+
+
+@cache
+def _base(architecture: str, dtype: torch.dtype, shards: bool) -> tuple[dict[str, bytes], torch.Tensor]:
+    """The files of such a base by name, and the state that making them leaves the random numbers in."""
     torch.manual_seed(0)
     model = (ARCHITECTURES | MIXTURES)[architecture]().to(dtype)
     with torch.no_grad():
@@ -143,7 +156,8 @@ def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float
             if parameter.dim() == 1:  # gains of exactly 1 and biases of 0 would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             assert name
-    with publish(BASE) as folder:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
         model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
         make_tokenizer().save_pretrained(folder)
         record = {
@@ -156,7 +170,7 @@ def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }
         write_json(folder / "stage.json", record)
-    return BASE
+        return {path.name: path.read_bytes() for path in folder.iterdir()}, torch.get_rng_state()
 
 
 def make_stage(

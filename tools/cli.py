@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import sys
 
 from stages.errors import run
@@ -27,6 +28,8 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first word names."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not in UTF-8, as stderr has it
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(overview())

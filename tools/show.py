@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import MistakeError
 from stages.files import BASE, DATA, REPORTS, read_json
@@ -20,6 +20,9 @@ from stages.records.source import Source
 from stages.records.sources.mix import Mix
 from stages.records.tokens import Example, encode
 from tools.terminal import positive, visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # ANSI colours of weights, from small to large
 COUNTED = {
@@ -64,8 +67,8 @@ def main(name: str, count: int) -> None:
     print(legend(scale))
     for number, (record, example) in enumerate(found, start=1):
         part = f" of {record['part']}" if "part" in record else ""
-        texts = [str(tokenizer.decode([token])) for token in example.ids]
-        print(f"\nexample {number}{part}, {summary([example])}\n{draw(texts, _counted(example), scale)}")
+        drawn = draw(texts(example.ids, tokenizer), _counted(example), scale)
+        print(f"\nexample {number}{part}, {summary([example])}\n{drawn}")
     print(f"\ntogether {summary(examples)}")
 
 
@@ -75,6 +78,19 @@ def legend(scale: float | None) -> str:
         return "⟨weight⟩ of the tokens that follow; · between two of the same weight"
     steps = [scale * step / len(GREENS) for step in range(-len(REDS), len(GREENS) + 1)]
     return "weight up to " + "".join(paint(f" {step:.3g} ", step, scale) for step in steps)
+
+
+def texts(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What each token adds to the text: a character of several tokens comes with the last of them."""
+    found, before, start = [], 0, 0  # a token is decoded after others, for SentencePiece strips the first of its space
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[before:end]))[len(str(tokenizer.decode(ids[before:start]))) :]
+        if text.endswith("\ufffd") and end < len(ids):
+            found.append("")
+        else:
+            found.append(text)
+            before, start = start, end
+    return found
 
 
 def draw(texts: list[str], weights: list[float], scale: float | None) -> str:

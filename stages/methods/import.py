@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import MistakeError, first_line, placed
-from stages.files import ADAPTER, sha256
+from stages.files import ADAPTER, refuse_untracked, sha256
 from stages.settings.stage import Imported, Stage
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Import(Imported):
 
     def locate(self) -> Path:
         """Folder with the adapter's two files, downloaded if it is on the hub."""
+        if self.path is not None:
+            refuse_untracked(Path(self.path), "path")
         folder = Path(str(self.path)) if self.id is None else self._download()
         if missing := [file for file in ADAPTER if not (folder / file).is_file()]:
             place = f"path {self.path!r}" if self.id is None else f"id {self.id!r}"

@@ -11,8 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, cached_file
 
 from stages.errors import MistakeError, first_line
-from stages.files import read_json, sha256
-from stages.models.architecture import layer_stack
+from stages.files import read_json, refuse_untracked, sha256
+from stages.models.architecture import layer_stack, text_config
 from stages.settings.base import Base
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
@@ -32,6 +32,7 @@ def locate(settings: Base) -> dict[str, Any]:
     name, path = settings.model, Path(settings.model)
     if name.startswith("~/"):
         path = path.expanduser()
+    refuse_untracked(path, "params.yaml: base.model")
     if name.startswith("bundled:"):
         if name not in BUNDLED:
             raise MistakeError(f"params.yaml: base.model {name!r} is not bundled; use {', '.join(BUNDLED)}")
@@ -178,10 +179,18 @@ def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -
 def refuse_speechless(name: str, model: PreTrainedModel) -> None:
     """Raise a MistakeError for a model whose last layer cannot be trained on text alone, such as one that drafts.
 
+    Nor can it where layers are skipped at random: a stage of few layers would have steps in which it learns nothing.
+
     Args:
         name: what params.yaml calls the model.
         model: which is left in training mode, and frozen but for that layer.
     """
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text_config(model), key, 0):
+            raise MistakeError(
+                f"params.yaml: base.model {name!r} skips whole layers at random while it is trained; write {key}: 0.0"
+                " in its config.json, in a copy of the model"
+            )
     model.requires_grad_(False)
     model.get_submodule(layer_stack(model))[-1].requires_grad_(True)  # type: ignore[index]
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]

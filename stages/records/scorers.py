@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator
 
 from stages.errors import MistakeError, first_line
-from stages.files import sha256
+from stages.files import refuse_untracked, sha256
 from stages.records.record import Record, answer, restore_tuples, without_thinking
 from stages.settings.section import mistake, nearest
 
@@ -283,6 +283,7 @@ def _file(name: str) -> Path:
 def _load(name: str, where: str) -> Score:
     """A function of the user's own."""
     file, function = _file(name), name.partition(":")[2]
+    refuse_untracked(file, where)
     if not file.is_file():
         raise MistakeError(f"{where} is {name!r}, but there is no file {file}; write it, or correct the name")
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
+from stages.models.loading import compute_dtype, load_model
 from stages.models.room import add_adapters, add_neurons
 from stages.models.source import locate
 from stages.settings.base import Base
+from stages.weights.checkpoint import open_base
 from tests.conftest import COMMON, PARAMS, make_base, make_tokenizer
 from tests.stages.models.test_every_architecture import TINY, build
 
@@ -139,6 +141,22 @@ def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(p
     with pytest.raises(MistakeError, match=f"^params.yaml: {sentence}"):
         base.main()
     assert not BASE.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "key"), [("opt", "layerdrop"), ("biogpt", "layerdrop"), ("bart", "decoder_layerdrop")]
+)
+def test_a_model_that_skips_layers_at_random_is_refused_until_it_does_not(project, kind, key):
+    build(kind, TINY | {key: 0.05}).save_pretrained("model")
+    with pytest.raises(
+        MistakeError, match=r"skips whole layers at random while it is trained; write \w+: 0.0 in"
+    ) as mistake:
+        base.main()
+    config = Path("model/config.json")
+    write_json(config, read_json(config) | {key: 0.0})
+    base.main()
+    assert f"write {key}: 0.0 in its" in str(mistake.value)
 
 
 def without(tensors):
@@ -351,3 +369,10 @@ def test_the_default_is_a_real_model_from_a_gguf_file(project):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in text
+
+
+def test_a_model_runs_in_the_dtype_that_the_base_stage_chose_whatever_its_files_hold():
+    record = make_base(dtype=torch.bfloat16) / "stage.json"
+    for dtype in ("float32", "bfloat16"):
+        write_json(record, read_json(record) | {"dtype": dtype})
+        assert str(load_model(open_base(), compute_dtype()).dtype) == f"torch.{dtype}"

@@ -13,6 +13,11 @@ import pytest
 from stages import errors
 from stages.errors import MistakeError
 from stages.files import FORMAT, publish, read_json, read_record, write_json, write_text
+from stages.methods import METHODS
+from stages.models.source import locate
+from stages.records.scorers import choose
+from stages.records.sources.file import LocalFile
+from stages.settings.base import Base
 from tests.conftest import ROOT
 
 
@@ -92,3 +97,35 @@ def test_a_stage_ends_with_the_dvc_that_started_it(workspace):
     parent.wait()
     psutil.wait_procs([stage], timeout=10)
     assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
+
+
+def imports(path):
+    METHODS["import"](parent="base", dataset="d", method="import", path=path, sha256="x").locate()
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "read"),
+    [
+        ("rows.jsonl", "here.path", lambda path: LocalFile(source="file", path=path, eval=1).rows("", "here")),
+        ("folder", "params.yaml: base.model", lambda path: locate(Base(model=path))),
+        ("models/folder", "params.yaml: base.model", lambda path: locate(Base(model=path))),  # as a hub id looks
+        ("model.gguf", "params.yaml: base.model", lambda path: locate(Base(model=path))),
+        ("adapter", "path", imports),
+        ("mine.py", "here.score", lambda path: choose("mine:half", None, [{"completion": "a"}], "here")),
+    ],
+)
+def test_what_git_does_not_track_is_told_where_dvc_left_it_out(workspace, monkeypatch, path, key, read):
+    (workspace / "main" / path).mkdir(parents=True)
+    (workspace / "temporary").mkdir()
+    monkeypatch.chdir(workspace / "temporary")
+    for root, is_there in ((workspace / "main", True), (workspace / "temporary", False), (None, False)):
+        if root:
+            monkeypatch.setenv("DVC_ROOT", str(root))
+        else:
+            monkeypatch.delenv("DVC_ROOT")
+        with pytest.raises(MistakeError) as mistake:
+            read(path)
+        sentence = (
+            f"{key} {path!r} is not in the workspace of --temp or --queue, which has only what git tracks; git add"
+        )
+        assert str(mistake.value).startswith(sentence) == is_there, root

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.errors import MistakeError
-from stages.files import sha256
+from stages.files import refuse_untracked, sha256
 from stages.records.readers import read
 from stages.records.rows import Rows
 from stages.records.source import Single
@@ -26,6 +26,7 @@ class LocalFile(Single):
     def rows(self, seed: str, where: str) -> Rows:
         """All rows of the file."""
         path = Path(self.path)
+        refuse_untracked(path, f"{where}.path")
         if not path.exists():
             raise MistakeError(f"{where}.path {self.path!r} is not there; correct the path")
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import MistakeError
-from stages.files import BASE
+from stages.files import BASE, CHECKPOINTS
 from stages.merging.adapter_output import AdapterOutput, as_dora, check_errors, fit_dora, fit_lora
+from stages.merging.merged import Merged
 from stages.models.layers import linear_modules, select
+from stages.settings.merge import Merge
+from stages.weights.checkpoint import open_stages
 from tests.conftest import make_base, make_stage
 
 
@@ -60,6 +63,22 @@ def test_lora_is_recompressed_exactly_and_to_no_more_than_its_rank(out, size, ra
     assert fit.B.shape == (out, rank) and fit.A.shape == (rank, size) and fit.magnitude is None
     assert error < 1e-6 and fit.error == pytest.approx(error, rel=1e-3)
     assert torch.allclose(fit.B.norm(dim=0), fit.A.norm(dim=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_factors_are_those_of_the_dense_merge_and_leave_out_who_changed_nothing(method):
+    make_base()
+    for name in ("moved", "still"):
+        make_stage(name, load_base(), "lora", "0-1", rank=4)
+    file = CHECKPOINTS / "still" / "adapter_model.safetensors"
+    save_file({key: values * ("lora_A" in key) for key, values in load_file(file).items()}, file)
+    merge = Merge(method=method, weights={"moved": 0.5, "still": 0.5}, dtype="float32")
+    merged = Merged(*open_stages(["moved", "still"]), merge)
+    for path in merged.changed():
+        left, right = merged.factors(path)
+        delta = merged.module(path)["weight"] - merged.base.module(path)["weight"]
+        assert left.shape[1] == right.shape[0] == 4 and delta.any()
+        assert torch.allclose(left @ right, delta, rtol=0, atol=1e-6)
 
 
 def test_a_delta_of_nothing_is_an_adapter_that_does_nothing():

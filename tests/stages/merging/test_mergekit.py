@@ -56,17 +56,17 @@ def load_base():
 
 
 @pytest.fixture
-def whole_checkpoints(tmp_path):
+def whole_checkpoints(tmp_path, request):
     """Three stages that touch every tensor of the model, and the same models on disk for mergekit."""
+    size = getattr(request, "param", 0.05)
     make_base("llama-untied")
     for name in WEIGHTS:
         model = load_base()
         modules = [
             path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
         ]
-        make_outside(name, model, LNTuningConfig(target_modules=exactly(modules))).merge_and_unload().save_pretrained(
-            tmp_path / f"full-{name}"
-        )
+        moved = make_outside(name, model, LNTuningConfig(target_modules=exactly(modules)), size)
+        moved.merge_and_unload().save_pretrained(tmp_path / f"full-{name}")
 
 
 def ours(method, count, parameters, **settings):
@@ -156,10 +156,16 @@ def test_what_is_known_of_mergekits_methods_is_about_methods_and_parameters_that
         assert traits.ranges.keys() <= known[name], name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_equals_mergekit(whole_checkpoints, seeded, tmp_path, monkeypatch, method):
+NO_SUM = "linear", 3, {"normalize": False}, 0  # weights that do not sum to 1 are no base + Σ cᵢΔᵢ
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "parameters", "deviation"), [*((method, *row) for method, row in METHODS.items()), NO_SUM]
+)
+def test_every_method_equals_mergekit(
+    whole_checkpoints, seeded, tmp_path, monkeypatch, method, count, parameters, deviation
+):
     monkeypatch.setattr(kernels, "PART", 500)  # so that tensors are merged in parts where that is done
-    count, parameters, deviation = METHODS[method]
 
     found = ours(method, count, parameters)
     wanted = theirs(method, count, parameters, tmp_path)
@@ -169,6 +175,12 @@ def test_every_method_equals_mergekit(whole_checkpoints, seeded, tmp_path, monke
     assert any(not torch.equal(wanted[name], base[name]) for name in base)
     for name in found:
         assert (found[name] - wanted[name]).abs().max() <= deviation, name
+
+
+@pytest.mark.parametrize("whole_checkpoints", [1e-4], indirect=True)
+def test_what_is_kept_of_small_changes_is_not_left_to_rounding(whole_checkpoints, tmp_path):
+    found, wanted = ours("arcee_fusion", 1, {}), theirs("arcee_fusion", 1, {}, tmp_path)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("method", ["karcher", "multislerp", "model_stock"])

@@ -110,10 +110,11 @@ def test_a_method(name, model):
             put_on(stage, fresh(), torch.float32)
         return
     make_room(row)
+    base = fresh()
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
-        untouched = fresh()(ids).logits
-    wrapped = put_on(stage, fresh(), torch.float32)
+        untouched = base(ids).logits
+    wrapped = put_on(stage, copy.deepcopy(base), torch.float32)
     with torch.no_grad():
         assert torch.allclose(wrapped.eval()(ids).logits, untouched, rtol=0, atol=1e-5)  # it starts from its parent
     frozen = {name: p.clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
@@ -127,18 +128,18 @@ def test_a_method(name, model):
     publish_stage(stage, wrapped)
     with torch.no_grad():
         truth = wrapped.eval()(ids).logits
-        again = PeftModel.from_pretrained(fresh(), CHECKPOINTS / "one").eval()(ids).logits
+        again = PeftModel.from_pretrained(copy.deepcopy(base), CHECKPOINTS / "one").eval()(ids).logits
     assert torch.equal(again, truth) or (row.converted and torch.allclose(again, truth, atol=2e-5))
 
     checkpoint, (opened,) = open_stages(["one"])
     merged = Merged(checkpoint, [opened], Merge(weights={"one": 1.0}, dtype="float32"))
     inside = None if row.moves_base else copy.deepcopy(wrapped).merge_and_unload()
-    plain, before = fresh(), fresh()
+    plain = fresh()
     for path in checkpoint.modules:
         for parameter, weights in opened.module(path).items():
             getattr(plain.get_submodule(path), parameter).data.copy_(weights)
-            original = getattr(before.get_submodule(path), parameter)
-            if place(path, layer_stack(before))[0] not in (1, 2):
+            original = getattr(base.get_submodule(path), parameter)
+            if place(path, layer_stack(base))[0] not in (1, 2):
                 assert torch.equal(weights, original), f"{path}.{parameter} is outside the chosen layers"
             if inside is not None:
                 assert torch.allclose(weights, getattr(inside.get_submodule(path), parameter), rtol=0, atol=1e-6)
