@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.errors import TIMES, MistakeError
+from stages.errors import TIMES, MistakeError, first_line
 from stages.files import CHECKPOINTS, PICKED
 from stages.project.check import load_checked
 from stages.project.params import PARAMS, Params
@@ -111,7 +111,7 @@ def plan() -> tuple[list[Step], int]:
             order = list(networkx.dfs_postorder_nodes(repo.index.graph))
             return list(_Plan(repo, settings).steps(order)), len(order)
     except DvcException as error:
-        raise MistakeError(f"dvc cannot say what would run ({error}); see dvc status") from None
+        raise MistakeError(f"dvc cannot say what would run ({first_line(error)}); see dvc status") from None
 
 
 class _Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from stages.errors import MistakeError, placed
 from stages.files import BASE, CHECKPOINTS, DATA, read_record
@@ -121,7 +122,13 @@ def _check_merge(merge: Merge, key: str) -> None:
 
 def _made() -> dict[str, Any]:
     """What params.yaml was when DVC made what it has, by key, such as `datasets.sums`."""
-    stages = YAML(typ="safe").load(LOCK)["stages"].values() if LOCK.exists() else []
+    try:
+        stages = YAML(typ="safe").load(LOCK)["stages"].values() if LOCK.exists() else []
+    except (YAMLError, KeyError, TypeError):
+        raise MistakeError(
+            f"{LOCK} is broken, as where dvc was killed while it wrote it; run rm {LOCK}: what was done comes back from"
+            " the cache"
+        ) from None
     read = [stage.get("params", {}).get(str(PARAMS), {}) for stage in stages]
     return {key: value for section in read for key, value in section.items()}
 

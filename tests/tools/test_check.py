@@ -1,8 +1,11 @@
 """What `strata check` says of the tokens, beside what plain transformers does."""
 
+from pathlib import Path
+
 import pytest
 
 from stages.errors import MistakeError
+from stages.project.check import load_checked
 from tests.stages.records.test_template import CHAT, PHI, TEMPLATES, TOKENIZERS
 from tools.check import hold_against_use
 
@@ -35,3 +38,12 @@ def test_tokens_that_are_not_those_of_use_are_told(monkeypatch):
     monkeypatch.setattr("tools.check.dated", lambda template: template + " ")
     with pytest.raises(MistakeError, match=r"datasets.a is asked with other tokens in training than in use"):
         hold_against_use(CHAT, tokenizer, [tokenizer.convert_tokens_to_ids("<|over|>")], "datasets.a")
+
+
+@pytest.mark.parametrize("text", ["", "schema: '2.0'\n", "schema: '2.0'\nstages:\n  base:\n    cmd: [\n"])
+def test_a_lock_file_that_dvc_was_killed_over_is_told(project, text):
+    Path("dvc.lock").write_text(text)
+    with pytest.raises(
+        MistakeError, match=r"dvc.lock is broken, as where dvc was killed while it wrote it; run rm dvc.lo"
+    ):
+        load_checked()
