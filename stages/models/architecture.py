@@ -32,13 +32,17 @@ OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
 Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
 MATRICES = ("linear", "conv1d")
 STACKS = ("experts", "transposed_experts")
-Group = Literal["attention", "mlp", "experts", "router", "norms", "embeddings", ""]
+Group = Literal["attention", "mixer", "mlp", "experts", "router", "norms", "embeddings", ""]
+GROUPS = {*get_args(Group)} - {""}
 IN_MLP = ("mlp", "experts", "router")  # groups that `mlp` names
-# Parts of the names of modules that make them one of the group.
+# Parts of the names of modules that make them one of the group, the first that does.
 SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
 EXPERTS = {"experts", *SHARED}
 OLD_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}  # what experts once were, and PEFT renames
-ROUTERS = {"router", "gate", "shared_expert_gate"}
+ROUTERS = {"router", "gate", "router_gate", "shared_expert_gate"}
+MLPS = {"mlp", "mlps", "mlp_block", "feed_forward", "ff", "ffn", "block_sparse_moe"}
+MLPS |= {"fc1", "fc2", "intermediate", "output"}  # of layers that have none of these around the matrices
+MIXERS = {"mamba", "mixer", "temporal_block", "mlstm_layer", "conv"}  # Mamba, RG-LRU, mLSTM, short convolutions
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,10 @@ class Architecture:
         """Dotted names of the modules that a stage's `layers` names, in the model's order.
 
         Args:
-            setting: a range, which means everything inside those layers; or for each of `attention`, `mlp` (experts and
-                router among it), `experts` (shared ones among them), `router`, `norms`, `embeddings` (with the output
-                layer) or a module's own name, such as `q_proj`, or that of shared experts, a range of its own.
+            setting: a range, which means everything inside those layers; or for each of `attention` (linear attention
+                too), `mixer` (what else mixes tokens, such as Mamba), `mlp` (experts and router among it), `experts`
+                (shared ones among them), `router`, `norms`, `embeddings` (with the output layer) or a module's own
+                name, such as `q_proj`, or that of shared experts, a range of its own.
 
         Raises:
             MistakeError: a name that no module has, or a layer that the model does not have; the sentence begins with
@@ -157,7 +162,7 @@ class Architecture:
         for group, text in setting.items():
             members = [path for path in self.modules if group in self._names(path)]
             if not members:
-                groups = {name for path in self.modules for name in self._names(path)} & {*get_args(Group)} - {""}
+                groups = {name for path in self.modules for name in self._names(path)} & GROUPS
                 names = {self.place(path)[1].rpartition(".")[2] for path in self.modules} - groups
                 raise MistakeError(
                     f"layers names {group!r}, which no module of the model is called;"
@@ -171,7 +176,8 @@ class Architecture:
         """Groups and names that a module goes by in `layers`."""
         kind, group = self.place(path)[1], self.modules[path].group
         parts = kind.split(".")
-        return {group, "mlp" if group in IN_MLP else group, kind, parts[-1], *SHARED.intersection(parts)}
+        own = {kind, parts[-1], *SHARED.intersection(parts)} - GROUPS  # such as an attention's own experts
+        return {group, "mlp" if group in IN_MLP else group, *own}
 
 
 def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = None) -> Architecture:
@@ -189,7 +195,7 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
         if shapes:
             if is_norm(module) and type(module) not in unit_gains:
                 unit_gains[type(module)] = _has_unit_gain(module)
-            group = _group(path, module, stack, ends)
+            group = _group(path, model, stack, ends)
             modules[path] = Module(kind_of(module), group, shapes, unit_gains.get(type(module), False))
     return Architecture(
         model_type=config.model_type,
@@ -307,18 +313,39 @@ def _gives_a_product(module: nn.Linear) -> bool:
     return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
 
 
-def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
-    layer, kind = place(path, stack)
+def _group(path: str, model: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
+    """What `layers` calls a module; nothing where it is none of that, such as what scales a residual stream."""
+    module, (layer, kind) = model.get_submodule(path), place(path, stack)
     if layer == OUTSIDE:
         return "embeddings" if any(module is end for end in ends) else ""
     if is_norm(module):
         return "norms"
     parts = kind.split(".")
-    if "attn" in parts[0] or "attention" in parts[0]:
-        return "attention"
+    around = _part_of(model.get_submodule(f"{stack}.{layer}"), parts)
+    if around in ("attention", "mixer"):
+        return around
     if EXPERTS.intersection(parts) or "Experts" in type(module).__name__:
         return "experts"
-    return "router" if ROUTERS.intersection(parts) else "mlp"
+    return "router" if ROUTERS.intersection(parts) else around
+
+
+def _part_of(layer: nn.Module, parts: list[str]) -> Literal["attention", "mixer", "mlp", ""]:
+    """What part of its layer a module is in, by the first name or class on the way to it that tells.
+
+    The class goes first: Nemotron-H calls attention, Mamba and MLPs `mixer` alike.
+    """
+    for name in ["", *parts]:  # XLM's layers are attentions themselves
+        layer = layer.get_submodule(name)
+        told, called = type(layer).__name__.lower(), name.lower()
+        if told.endswith("attention") or called.endswith(("attn", "att", "attention")):
+            return "attention"
+        if called.endswith("layernorm"):  # A.X K2's have small MLPs of their own
+            return ""
+        if called in MLPS or told.endswith(("mlp", "moe")):
+            return "mlp"
+        if called in MIXERS:
+            return "mixer"
+    return ""
 
 
 def _has_unit_gain(norm: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class Stage(Chosen):
     """How it is trained; docs/methods.md compares the methods."""
     layers: Annotated[Layers, BeforeValidator(check_layers)] = "all"
     """What is trained, all else being frozen: `all`, `5`, `0-3,20-24`, `last 6`, a list of numbers, or one of these for
-    each group (`attention`, `mlp`, its `experts` and `router`, `norms`, `embeddings`) or module name."""
+    each group (`attention`, `mixer`, `mlp`, its `experts` and `router`, `norms`, `embeddings`) or module name."""
 
     def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
         """Refuse what the method cannot do with this base, or beside these stages.

@@ -29,7 +29,7 @@ from stages.merge import write
 from stages.merging.merged import Merged
 from stages.methods import METHODS
 from stages.methods.copies import COPY
-from stages.models.architecture import layer_stack, place
+from stages.models.architecture import IN_MLP, describe, layer_stack, place
 from stages.models.loading import load_model
 from stages.models.losses import pad, token_losses
 from stages.settings.merge import Merge
@@ -125,8 +125,8 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-def build(kind, keys):
-    """A tiny model whose logits, wherever a setting can rescale them, are rescaled."""
+def configured(kind, keys):
+    """The config of a tiny model whose logits, wherever a setting can rescale them, are rescaled."""
     whole = AutoConfig.for_model(kind)
     text = whole.get_text_config(decoder=True)
     if type(text) is type(whole):
@@ -135,7 +135,12 @@ def build(kind, keys):
     keys = {key: value for key, value in keys.items() if key in known or key in text.attribute_map}
     keys |= OF_TYPE.get(text.model_type, {})
     rescaled = {key for key, value in known.items() if isinstance(value, float) and ("logit" in key or "lm_h" in key)}
-    config = type(text)(**keys | dict.fromkeys(rescaled, 0.5))
+    return type(text)(**keys | dict.fromkeys(rescaled, 0.5))
+
+
+def build(kind, keys):
+    """A tiny model with weights that are all random."""
+    config = configured(kind, keys)
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > 3e7:
@@ -185,6 +190,47 @@ def test_losses_are_those_of_the_models_own_logits():
     assert sum(map(len, ways.values())) >= 150
     assert {"falcon_h1", "recurrent_gemma", "gemma2", "cohere", "granite"} <= set(ways["asked"])
     assert {"llama", "qwen3", "gpt2", "mixtral", "phi3", "mamba"} <= set(ways["chunks"])
+
+
+# Names that tell by themselves what a matrix is part of.
+TOLD = {"attention": {"q_proj", "qkv_proj", "query_key_value", "kv_b_proj", "Wqkv", "c_attn", "query"}}
+TOLD |= {"mlp": {"up_proj", "down_proj", "gate_up_proj", "c_fc", "fc1", "fc2", "dense_h_to_4h", "w_1"}}
+TOLD |= {"router": {"router", "shared_expert_gate", "router_gate"}, "experts": {"experts"}}
+OTHERWISE = {("jetmoe", "self_attention.experts"): "attention"}  # a mixture of attentions
+OTHERWISE |= {
+    ("axk2", f"{norm}_layernorm.mlp.{matrix}"): ""  # gates of the norms
+    for norm in ("input", "post_attention")
+    for matrix in ("fc1", "fc2")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_groups_are_apart_and_have_what_their_names_say():
+    odd, built = {}, set()
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        for keys in ATTEMPTS:
+            with suppress(Exception), torch.device("meta"):
+                architecture = describe(
+                    AutoModelForCausalLM.from_config(configured(kind, keys | dict.fromkeys(LAYERS, 3)))
+                )
+                break
+        else:
+            continue
+        built.add(kind)
+        names = {module.group for module in architecture.modules.values()} - {"", "embeddings"}
+        found = {group: set(architecture.select({group: "all"})) for group in names}
+        mlps = set(architecture.select({"mlp": "all"})) if names.intersection(IN_MLP) else set()
+        assert set().union(*(found.get(group, set()) for group in IN_MLP)) == mlps, kind
+        apart = {group: paths for group, paths in found.items() if group not in IN_MLP} | {"mlp": mlps}
+        assert sum(map(len, apart.values())) == len(set().union(*apart.values())), kind
+        for path, module in architecture.modules.items():
+            layer, part = architecture.place(path)
+            told = next((group for group, leaves in TOLD.items() if part.rpartition(".")[2] in leaves), None)
+            if layer >= 0 and told and path not in apart.get(told, found.get(told, set())):
+                odd[kind, part] = module.group
+    assert odd == OTHERWISE
+    assert len(built) >= 0.95 * len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 STAGE = """\
