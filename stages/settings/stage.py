@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -119,6 +120,13 @@ class Training(Stage, ABC):
         Raises:
             MistakeError: as `check`.
         """
+
+    def trained(self, config: PeftConfig, modules: list[str]) -> list[str]:
+        """Those of `modules` that the configuration, which `adapter_config` just gave, has something to train in."""
+        pattern = getattr(config, "target_modules", None)  # a list is one of no modules
+        owners = {name.rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
+        named = [path for path in modules if isinstance(pattern, str) and re.fullmatch(pattern, path)]
+        return [path for path in modules if path in owners.union(named)]
 
     def started(self, model: PeftModel) -> None:
         """Called once with the wrapped model, before anything is frozen in a lower precision."""

@@ -1,6 +1,7 @@
 """Every causal language model that transformers knows: what is trained is what is merged, and losses are its own."""
 
 import copy
+import re
 import shutil
 import signal
 import warnings
@@ -360,6 +361,44 @@ def test_what_is_trained_is_what_is_merged(kind):
         else:
             follow(method, batch)
     look(torch.arange(1, LENS + 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_biases_of_fused_experts_are_biases():
+    batch = pad(make_examples(4), 0)
+    save_source(first_that_runs("gpt_oss", batch, layers=3)[0])
+    follow("bitfit", batch)
+    before, after = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.endswith("bias") and re.search(r"\.[12]\.", name)}
+    assert any("down_proj_bias" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "layers", "left"),
+    [
+        ("dbrx", "lora", "{attention: all, experts: all}", "experts"),
+        ("dbrx", "dora", "{attention: all, ffn.experts.mlp: 1}", "ffn.experts.mlp"),
+        ("dbrx", "lora", "all", "ffn.experts.mlp of DbrxForCausalLM stays as it is"),
+        ("xlnet", "lora", "all", "rel_attn of XLNetLMHeadModel stays as it is"),
+        ("nemotron_h", "full", "{attention: 1, mixer: all}", "attention"),  # its layer 1 has none
+        ("mixtral", "lora", "{experts: all, norms: all}", "norms"),
+        ("mixtral", "full", "{experts: all, norms: all}", None),
+        ("mamba", "full", "{mixer: all}", None),
+    ],
+)
+def test_what_layers_names_and_no_method_trains_is_told(kind, method, layers, left, recwarn):
+    save_source(build(kind, ATTEMPTS[0] | dict.fromkeys(LAYERS, 3)))
+    write_project(method)
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 1-2", f"layers: {layers}"))
+    if left and layers != "all":
+        sentence = f"^params.yaml: stages.sums.layers names '{left}', of which method '{method}' has nothing to train"
+        with pytest.raises(MistakeError, match=sentence):
+            base.main()
+    else:
+        base.main()
+        told = [str(each.message) for each in recwarn if "stays as it is" in str(each.message)]
+        assert [text for text in told if text.startswith(left or "-")] == told[:1] and bool(told) == bool(left)
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_attention_heads": 4}
