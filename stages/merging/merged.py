@@ -12,7 +12,7 @@ from stages.files import MERGED
 from stages.merging.core_space import merge_in_core
 from stages.merging.kernels import Values, find_kernel
 from stages.merging.parameters import evaluate
-from stages.models.names import Piece
+from stages.models.names import Piece, full_name
 from stages.settings.merge import Merge
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
@@ -56,7 +56,7 @@ class Merged:
 
     def names(self, paths: Iterable[str]) -> list[str]:
         """Full names of the parameters of some modules."""
-        return [f"{path}.{parameter}" for path in paths for parameter in self.modules[path]]
+        return [full_name(path, parameter) for path in paths for parameter in self.modules[path]]
 
     def pieces(self, name: str) -> list[Piece]:
         """Tensors of the file that a parameter is written as: those of the base, and an untied head as itself."""
@@ -177,7 +177,7 @@ class Merged:
     def _parameter(
         self, path: str, parameter: str, weight: torch.Tensor, stages: list[VirtualCheckpoint]
     ) -> torch.Tensor:
-        name = f"{path}.{parameter}"
+        name = full_name(path, parameter)
         if self._kernel.traits.is_sum and (merged := self._sum(name, weight, stages)) is not None:
             return self._finite(name, merged)
         if parameter == "weight" and self._in_core and (factors := self.factors(path)):

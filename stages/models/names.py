@@ -28,6 +28,11 @@ Piece = tuple[str, Index]
 """A tensor of a file, and the part of the parameter that it is."""
 
 
+def full_name(module: str, parameter: str) -> str:
+    """Name of a parameter; that of a tensor in no module, such as `logit_scale`, for which `module` is empty."""
+    return f"{module}.{parameter}" if module else parameter
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: one, or those that its index names, and what is beside its text model.
 

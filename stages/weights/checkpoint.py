@@ -16,7 +16,7 @@ import torch
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, read_record
 from stages.models.architecture import Architecture
-from stages.models.names import REST, Piece, assemble, weight_files, whole_shape
+from stages.models.names import REST, Piece, assemble, full_name, weight_files, whole_shape
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile, size
 
@@ -137,7 +137,7 @@ class Checkpoint:
 
     def module(self, path: str) -> Tensors:
         """Parameters of module `path`, in float32."""
-        return {parameter: self.stored(f"{path}.{parameter}").float() for parameter in self.parameters(path)}
+        return {parameter: self.stored(full_name(path, parameter)).float() for parameter in self.parameters(path)}
 
     def changed(self) -> list[str]:
         """Modules that differ from the file's: none here, a stage's lineage in a virtual checkpoint."""
