@@ -18,7 +18,7 @@ import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
 from stages.models.architecture import depth, describe
-from stages.models.names import carry_over, pieces_of, refuse_lost, shapes_in
+from stages.models.names import carry_over, copy_weights, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import (
     files_of,
@@ -32,6 +32,7 @@ from stages.models.source import (
 )
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
+from stages.weights.checkpoint import Checkpoint
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("length_penalty", "early_stopping", "diversity_penalty", "num_beam_groups", "constraints")
@@ -43,10 +44,11 @@ def main() -> None:
     settings = params.base
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
+    room = settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
     try:
         refuse_unfit(settings.model, source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            dtype=dtype,
+            dtype="auto" if any(room.values()) and files_of(source) else dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -82,15 +84,15 @@ def main() -> None:
         config.do_sample = False
     forget_idle(config)
     with publish(BASE) as folder:
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with placed("params.yaml: base.model: "):
-            if found := files_of(source):
-                keep_the_rest(model, found, folder)
-            pieces = pieces_of(model, shapes_in(folder))
+            keep(model, files_of(source), folder, is_changed=any(room.values()))
+            shapes = shapes_in(folder)
+            pieces = pieces_of(model, shapes)
             refuse_lost(model, folder, pieces)
         refuse_speechless(settings.model, model)  # last, for some models change their weights on the way
-        dataclasses.replace(architecture, pieces=pieces).write(folder)
+        copies = [name for name in architecture.tied if pieces.get(name, [(name, [])])[0][0] in shapes]
+        dataclasses.replace(architecture, pieces=pieces, copies=copies).write(folder)
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
@@ -99,8 +101,9 @@ def main() -> None:
             "model": settings.model,
             "revision": settings.revision,
             "pin": settings.sha256,
-            "room": settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"}),
+            "room": room,
             "dtype": str(dtype).removeprefix("torch."),
+            "stored": Checkpoint(folder, "base").dtype,
             "parameters": model.num_parameters(),
             "layers": architecture.layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
@@ -109,8 +112,22 @@ def main() -> None:
     refuse_chats(params)
 
 
+def keep(model: PreTrainedModel, source: Path | None, folder: Path, is_changed: bool) -> None:
+    """Write config and weights: where they are the source's, which a .gguf file has none of, then as they are there."""
+    if source and not is_changed:
+        copy_weights(source, folder)
+        shutil.copy(source / "config.json", folder)
+        model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    if source and is_changed:
+        keep_the_rest(model, source, folder)
+    for path in source.glob("*processor_config.json") if source else ():
+        shutil.copy(path, folder)
+
+
 def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
+    """Beside a text model that was changed, keep all else of its checkpoint as it is: weights and config."""
     carry_over(model, source, folder)
     if (whole := whole_config(model, source)) is not model.config:
         if other := sorted(shapes_in(folder).keys() - shapes_in(source).keys()):
@@ -119,8 +136,6 @@ def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
                 " another model"
             )
         whole.save_pretrained(folder)
-    for path in source.glob("*processor_config.json"):
-        shutil.copy(path, folder)
 
 
 def forget_idle(config: GenerationConfig) -> None:

@@ -16,6 +16,7 @@ from analysis.telling.answers import ANSWERS
 from analysis.telling.skills import Cell, Change, changes, guarded
 from analysis.telling.text import in_layers, in_modules
 from stages.files import BASE, PICKED, REPORTS, read_json
+from stages.merging.merged import with_dtype
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
 
@@ -25,7 +26,7 @@ class Facts:
     """All that the report tells, before it is put into words and pictures.
 
     Attributes:
-        settings: params.yaml.
+        settings: params.yaml, with the dtype of the merged file where it leaves that to the base.
         measured: weights, from `analysis.measure`.
         records: stage.json of the base and of every stage, and the checkpoint's size in bytes.
         evaluation: content of reports/evaluation.json.
@@ -138,7 +139,7 @@ def gather(params: Params) -> Facts:
     architecture = Architecture.of(BASE)
     trained = [name for name, stage in params.stages.items() if stage.method != "import"]
     return Facts(
-        settings=params,
+        settings=params.model_copy(update={"merge": with_dtype(params.merge, records["base"]["stored"])}),
         measured=Measured.read(REPORTS / "measured"),
         records=records,
         evaluation=read_json(REPORTS / "evaluation.json"),

@@ -36,15 +36,15 @@ class Merged:
     """
 
     def __init__(self, base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> None:
-        self.name, self.base, self.merge = "merged", base, merge
+        self.name, self.base, self.merge = "merged", base, with_dtype(merge, base.dtype)
         self.stages = sorted(stages, key=lambda stage: stage.name)
         self._kernel = find_kernel(merge)
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
-        """Parameters of each module: the base's, and those of tied modules that a stage unties."""
-        untied = {path: self.base.parameters(path) for path in self.base.untied_by(self.adapted())}
-        return {**self.base.modules, **untied}
+        """Parameters of each module: the base's, and those of tied modules that a stage unties or the file repeats."""
+        tied = self.base.untied_by(self.adapted()) | {name.rpartition(".")[0] for name in self.base.copies}
+        return {**self.base.modules, **{path: self.base.parameters(path) for path in sorted(tied)}}
 
     def adapted(self) -> set[str]:
         """Modules that a merged stage adapts."""
@@ -59,8 +59,9 @@ class Merged:
         return [full_name(path, parameter) for path in paths for parameter in self.modules[path]]
 
     def pieces(self, name: str) -> list[Piece]:
-        """Tensors of the file that a parameter is written as: those of the base, and an untied head as itself."""
-        return [(name, [])] if name.rpartition(".")[0] in self.base.tied else self.base.pieces(name)
+        """Tensors of the file that a parameter is written as: those of the base, and a tied head as itself."""
+        is_tied = name.rpartition(".")[0] in self.base.tied
+        return [(self.base.copies.get(name, name), [])] if is_tied else self.base.pieces(name)
 
     def specification(self, name: str) -> Specification:
         """Shape and safetensors dtype of one parameter in the file.
@@ -234,6 +235,15 @@ class Merged:
                 f"checkpoints: the merge of {name} from {listed} is not finite; train that stage again with a lower lr"
             )
         return merged
+
+
+def with_dtype(merge: Merge, stored: str) -> Merge:
+    """The settings with the dtype of the base's file, in safetensors' words, in the place of `auto`."""
+    return (
+        merge
+        if merge.dtype != "auto"
+        else merge.model_copy(update={"dtype": str(DTYPES[stored]).removeprefix("torch.")})
+    )
 
 
 def open_merged(base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> Checkpoint | Merged:

@@ -76,6 +76,7 @@ class Architecture:
         modules: by dotted name, in the model's order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
         pieces: where parameters and buffers are in the file that it holds by other names (see `stages.models.names`).
+        copies: those of `tied` that the file holds all the same, equal to what they share.
     """
 
     model_type: str
@@ -86,6 +87,7 @@ class Architecture:
     modules: dict[str, Module]
     tied: dict[str, str]
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
-from stages.files import BASE, read_json, read_record
+from stages.files import BASE, read_record
 
 
 class Weights(Protocol):
@@ -74,6 +74,6 @@ def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    config = read_json(folder / "config.json")
-    tokenizer.rows = min(config.get("text_config", config).get("vocab_size", len(tokenizer)), len(tokenizer))
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    tokenizer.rows = min(getattr(config, "vocab_size", len(tokenizer)), len(tokenizer))
     return tokenizer

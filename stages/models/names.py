@@ -7,6 +7,7 @@ under those of the file, so that whatever loads the base loads it too.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), *rest]
 
 
+def copy_weights(source: Path, folder: Path) -> None:
+    """Copy the files that transformers loads a model's weights from, with their index, into another folder."""
+    index = source / "model.safetensors.index.json"
+    files = weight_files(source)
+    for path in files if (source / "model.safetensors").exists() else [*files, index]:
+        shutil.copy(path, folder)
+
+
 def shapes_in(folder: Path) -> dict[str, list[int]]:
     """Shape of every tensor in the safetensors files of a model's folder, by its name there."""
     return {name: list(file.get_slice(name).get_shape()) for name, file in _files(folder).items()}
@@ -73,12 +82,12 @@ def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> None:
-    """Hold the weights of a model in memory against the file that it was just saved to.
+    """Hold the weights of a model in memory against the file that it is in.
 
     All that follows reads the file, and a weight that it missed would be trained and then be lost in the merge.
 
     Raises:
-        MistakeError: one is not there, or is not the same to the bit.
+        MistakeError: one is not there, or is not the same to the bit in the model's dtype.
     """
     import torch
 
@@ -87,8 +96,10 @@ def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Pie
         parts = pieces.get(name, [(name, [])])
         if parts[0][0] not in files and name in tied:
             continue
-        is_there = all(piece in files for piece, _ in parts)
-        if not is_there or not torch.equal(assemble(parts, lambda piece: files[piece].get_tensor(piece)), weights):
+        found = None
+        if all(piece in files for piece, _ in parts):
+            found = assemble(parts, lambda piece: files[piece].get_tensor(piece)).to(weights.dtype)
+        if found is None or not torch.equal(found, weights):
             raise MistakeError(
                 f"{type(model).__name__} keeps {name} in its file in a way that is not known here; choose another model"
             )
