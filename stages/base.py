@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -17,7 +18,7 @@ from transformers import (
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
-from stages.models.architecture import depth, describe
+from stages.models.architecture import auto_class, depth, describe
 from stages.models.names import carry_over, copy_weights, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import (
@@ -47,7 +48,9 @@ def main() -> None:
     room = settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
     try:
         refuse_unfit(settings.model, source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        is_gguf = "gguf_file" in source  # which is a text model always, and slow to read
+        kind = AutoModelForCausalLM if is_gguf else auto_class(AutoConfig.from_pretrained(**source))
+        loaded: Any = kind.from_pretrained(
             dtype="auto" if any(room.values()) and files_of(source) else dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -78,11 +81,11 @@ def main() -> None:
         model = add_adapters(model, settings.adapter_size)
     architecture = describe(model)
     refuse_misfits(params, model, architecture)
-    config = model.generation_config
-    config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
-    if config.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
-        config.do_sample = False
-    forget_idle(config)
+    answers = model.generation_config
+    answers.eos_token_id = stop_tokens(answers.eos_token_id, tokenizer)
+    if answers.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
+        answers.do_sample = False
+    forget_idle(answers)
     with publish(BASE) as folder:
         tokenizer.save_pretrained(folder)
         with placed("params.yaml: base.model: "):

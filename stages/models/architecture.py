@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
@@ -214,10 +214,18 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without its weights, from its config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return auto_class(config).from_config(config)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' class that loads a model of such a config: the text model, or where it has none the whole."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

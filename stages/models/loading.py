@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
 from stages.files import BASE, read_record
+from stages.models.architecture import auto_class
 
 
 class Weights(Protocol):
@@ -51,8 +52,9 @@ def load_model(
     if base.untied_by(changed):
         for each in (config, config.get_text_config(decoder=True)):
             each.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
-    model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
+    loader = auto_class(config)
+    model: Any = loader.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
+    model.to(place)
     set_weights(model, checkpoint, changed)
     return model.eval()
 

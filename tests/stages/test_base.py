@@ -174,9 +174,12 @@ def test_a_quantised_model_is_one_sentence(project, key, config, method):
     assert not BASE.exists()
 
 
-def test_a_model_of_another_type_is_refused_by_its_name(project):
-    AutoConfig.for_model("llava").save_pretrained("model")
-    with pytest.raises(MistakeError, match=r"^params.yaml: base.model 'model' is of type llava, of which transformers"):
+@pytest.mark.parametrize("kind", ["clip", "t5", "florence2"])  # the last reads by an encoder
+def test_a_model_of_another_type_is_refused_by_its_name(project, kind):
+    AutoConfig.for_model(kind).save_pretrained("model")
+    with pytest.raises(
+        MistakeError, match=f"^params.yaml: base.model 'model' is of type {kind}, of which transformers"
+    ):
         base.main()
     assert not BASE.exists()
 
@@ -186,11 +189,12 @@ def test_a_model_of_another_type_is_refused_by_its_name(project):
     ("kind", "sentence"),
     [
         ("reformer", r"base.model 'model' makes no logits of tokens alone to be trained by \(no gradient comes"),
+        ("bert", r"base.model 'model' makes no logits .* \(each depends on the tokens that come after its own\)"),
         ("zamba", r"stages.sums.layers names model.layers.0.shared_transf.* weights in common with model.layers.2"),
     ],
 )
 def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(project, kind, sentence):
-    build(kind, TINY | {"num_hidden_layers": 3}).save_pretrained("model")
+    build(kind, TINY | {"num_hidden_layers": 3, "is_decoder": False}).save_pretrained("model")
     with pytest.raises(MistakeError, match=f"^params.yaml: {sentence}"):
         base.main()
     assert not BASE.exists()
