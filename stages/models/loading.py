@@ -49,6 +49,8 @@ def load_model(
     """
     changed, base = checkpoint.changed(), checkpoint.base
     config = AutoConfig.from_pretrained(base.folder)
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would scale its weights in place whenever it is asked, and back in training
     if base.untied_by(changed):
         for each in (config, config.get_text_config(decoder=True)):
             each.tie_word_embeddings = False

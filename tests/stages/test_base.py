@@ -194,7 +194,7 @@ def test_a_model_of_another_type_is_refused_by_its_name(project, kind):
     ],
 )
 def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(project, kind, sentence):
-    build(kind, TINY | {"num_hidden_layers": 3, "is_decoder": False}).save_pretrained("model")
+    build(kind, TINY | {"num_hidden_layers": 3, "is_decoder": kind != "bert"}).save_pretrained("model")
     with pytest.raises(MistakeError, match=f"^params.yaml: {sentence}"):
         base.main()
     assert not BASE.exists()
