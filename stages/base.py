@@ -33,7 +33,6 @@ from stages.models.source import (
 )
 from stages.project.check import load_checked, refuse_chats, refuse_layers_outside, refuse_misfits
 from stages.records.template import Chat
-from stages.weights.checkpoint import Checkpoint
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("length_penalty", "early_stopping", "diversity_penalty", "num_beam_groups", "constraints")
@@ -106,7 +105,6 @@ def main() -> None:
             "pin": settings.sha256,
             "room": room,
             "dtype": str(dtype).removeprefix("torch."),
-            "stored": Checkpoint(folder, "base").dtype,
             "parameters": model.num_parameters(),
             "layers": architecture.layers,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),

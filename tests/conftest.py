@@ -42,7 +42,6 @@ from stages.files import BASE, CHECKPOINTS, publish, sha256, write_json
 from stages.methods import METHODS
 from stages.models.layers import select
 from stages.settings.ranges import numbers
-from stages.weights.tensor_file import NAMES
 
 torch.set_num_threads(1)
 
@@ -147,7 +146,6 @@ def make_base(architecture: str = "llama-tied", dtype: torch.dtype = torch.float
             "revision": None,
             "room": {"add_biases": False, "extra_neurons": 0, "adapter_size": 0},
             "dtype": str(dtype).removeprefix("torch."),
-            "stored": NAMES[dtype],
             "layers": 4,
             "sha256": sha256(sorted(folder.glob("*.safetensors"))),
         }

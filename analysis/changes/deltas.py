@@ -67,6 +67,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         grams=measuring.tally.grams,
         modules=base.architecture.kinds,
         layers=base.architecture.layers,
+        dtype=exact.merge.dtype,
         untouched=len(measuring.untouched),
         untouched_max=max(measuring.untouched, default=0.0),
     )

@@ -16,7 +16,6 @@ from analysis.telling.answers import ANSWERS
 from analysis.telling.skills import Cell, Change, changes, guarded
 from analysis.telling.text import in_layers, in_modules
 from stages.files import BASE, PICKED, REPORTS, read_json
-from stages.merging.merged import with_dtype
 from stages.models.architecture import OUTSIDE, Architecture
 from stages.project.params import Params
 
@@ -135,12 +134,12 @@ class Facts:
 
 def gather(params: Params) -> Facts:
     """Read what the other stages left."""
-    records = read_json(PICKED / "checkpoints.json")
+    records, measured = read_json(PICKED / "checkpoints.json"), Measured.read(REPORTS / "measured")
     architecture = Architecture.of(BASE)
     trained = [name for name, stage in params.stages.items() if stage.method != "import"]
     return Facts(
-        settings=params.model_copy(update={"merge": with_dtype(params.merge, records["base"]["stored"])}),
-        measured=Measured.read(REPORTS / "measured"),
+        settings=params.model_copy(update={"merge": params.merge.model_copy(update={"dtype": measured.dtype})}),
+        measured=measured,
         records=records,
         evaluation=read_json(REPORTS / "evaluation.json"),
         scorers={name: read_json(REPORTS / "data" / f"{name}.json")[name]["scorers"] for name in params.datasets},

@@ -42,8 +42,7 @@ class Project:
         )  # fmt: skip
         model.to(torch.bfloat16).save_pretrained("checkpoints/base")
         write_json(
-            Path("checkpoints/base/stage.json"),
-            {"name": "base", "model": "tiny", "dtype": "bfloat16", "stored": "BF16", "layers": 4},
+            Path("checkpoints/base/stage.json"), {"name": "base", "model": "tiny", "dtype": "bfloat16", "layers": 4}
         )
         for name in STAGES:
             self.train(name)
