@@ -58,7 +58,7 @@ def copy_weights(source: Path, folder: Path) -> None:
     index = source / "model.safetensors.index.json"
     files = weight_files(source)
     for path in files if (source / "model.safetensors").exists() else [*files, index]:
-        shutil.copy(path, folder)
+        shutil.copyfile(path, folder / path.name)  # and not its mode, which may be that of a read-only file
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:
@@ -79,6 +79,13 @@ def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
     if rest:
         tensors = {name: files[name].get_tensor(name) for name in sorted(rest)}
         save_file(tensors, folder / REST, {"format": "pt"})
+
+
+def is_swapped(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether a folder lacks an embedding and holds the head that is tied to it, which transformers takes as well."""
+    shapes = shapes_in(folder)
+    placed = shapes.keys() | pieces_of(model, shapes).keys()
+    return any(source not in placed for source in model.all_tied_weights_keys.values())
 
 
 def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> None:

@@ -71,6 +71,19 @@ def test_a_local_folder_keeps_its_weights_and_so_does_the_merge(project, stored,
         assert read_json(Path("merged/config.json")) == config
 
 
+def test_a_file_with_the_head_alone_of_a_tied_pair_is_read(project):
+    make_base("llama-tied")
+    tensors = load_file(BASE / "model.safetensors")
+    shutil.copy(BASE / "config.json", "model")
+    shutil.rmtree(BASE)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, "model/model.safetensors", {"format": "pt"})
+    base.main()
+    found = merge_one({"embed_tokens": "all"}, "full")
+    assert same(found["lm_head.weight"], tensors["lm_head.weight"])
+    assert not torch.equal(found["model.embed_tokens.weight"], tensors["lm_head.weight"])
+
+
 def test_a_copy_of_a_tied_head_stays_in_the_file(project):
     make_base("llama-tied")
     tensors = load_file(BASE / "model.safetensors")
