@@ -81,6 +81,11 @@ def main() -> None:
     architecture = describe(model)
     refuse_misfits(params, model, architecture)
     answers = model.generation_config
+    if not hasattr(answers, "do_sample"):
+        raise MistakeError(
+            f"params.yaml: base.model {settings.model!r} does not write token by token, as its"
+            f" {type(answers).__name__} tells; choose a causal language model"
+        )
     answers.eos_token_id = stop_tokens(answers.eos_token_id, tokenizer)
     if answers.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
         answers.do_sample = False

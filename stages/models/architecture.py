@@ -73,7 +73,7 @@ class Architecture:
         layers: how many there are.
         heads: of attention in each; None where the config does not tell.
         positions: the longest text, in tokens; None where there is no limit.
-        modules: by dotted name, in the model's order.
+        modules: of the text model, by dotted name, in its order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
         pieces: where parameters and buffers are in the file that it holds by other names (see `stages.models.names`).
         copies: those of `tied` that the file holds all the same, equal to what they share.
@@ -190,9 +190,9 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """
     config, stack = text_config(model), layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    modules = {}
+    modules, texts = {}, text_modules(model)
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
-    for path, module in model.named_modules():
+    for path, module in ((path, module) for path, module in model.named_modules() if module in texts):
         shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
         if shapes:
             if is_norm(module) and type(module) not in unit_gains:
@@ -231,6 +231,18 @@ def auto_class(config: PretrainedConfig) -> Any:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """What of a model's config is about the text: all of it, but for a model of images and text."""
     return model.config.get_text_config(decoder=True)
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Modules of the text model with its embedding and output layer: of a model of images and text these are not all.
+
+    Raises:
+        MistakeError: as `layer_stack`.
+    """
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {module for part in parts if part is not None for module in part.modules()}
+    is_whole = text_config(model) is model.config or model.get_submodule(layer_stack(model)) not in found
+    return set(model.modules()) if is_whole else found
 
 
 def layer_stack(model: PreTrainedModel) -> str:

@@ -101,7 +101,7 @@ def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Pie
     files, tied = _files(folder), model.all_tied_weights_keys
     for name, weights in model.state_dict().items():
         parts = pieces.get(name, [(name, [])])
-        if parts[0][0] not in files and name in tied:
+        if not parts or (parts[0][0] not in files and name in tied):
             continue
         found = None
         if all(piece in files for piece, _ in parts):
@@ -148,17 +148,26 @@ def whole_shape(shape: list[int], pieces: list[Piece]) -> list[int]:
 def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
     """The parts that parameters and buffers of `model` have in a file, except what is there whole by its own name.
 
+    None are those of a parameter beside the text model, such as a vision tower's, that the file has otherwise: it is
+    carried over as it is there.
+
     Args:
         model: maybe without its weights.
         shapes: of the tensors of the file, by name.
 
     Raises:
-        MistakeError: transformers makes one from the file by more than putting tensors together.
+        MistakeError: transformers makes one of the text model by more than putting tensors together.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    known, prefix, tables = model.state_dict(), model.base_model_prefix, get_model_conversion_mapping(model)
+    from stages.models.architecture import text_modules
+
+    known, prefix, tables = (
+        model.state_dict(keep_vars=True),
+        model.base_model_prefix,
+        get_model_conversion_mapping(model),
+    )
     renamings = [table for table in tables if isinstance(table, WeightRenaming)]
     converters = [table for table in tables if isinstance(table, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -169,10 +178,14 @@ def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str,
             target, pattern = rename_source_key(name, [], [], prefix, known)
         if target in known:
             found.setdefault(target, {}).setdefault(pattern, []).append(name)
+    texts = {id(part) for module in text_modules(model) for part in module.state_dict(keep_vars=True).values()}
     pieces: dict[str, list[Piece]] = {}
     for target, names in found.items():
         patterns = [pattern for pattern in names if pattern is not None]
-        if patterns:
+        if id(known[target]) not in texts:
+            if names.get(None, [""])[-1] != target:
+                pieces[target] = []
+        elif patterns:
             pieces[target] = _put_together(target, by_pattern[patterns[0]], names, shapes)
         elif names[None][-1] != target:
             pieces[target] = [(names[None][-1], [])]

@@ -138,9 +138,8 @@ class Checkpoint:
 
     def _holds(self, name: str) -> bool:
         """Whether the file has all pieces of a parameter, and they are no copies of another one's."""
-        return name not in self.copies and all(
-            piece in self._where for piece, _ in self.architecture.pieces.get(name, [(name, [])])
-        )
+        pieces = self.architecture.pieces.get(name, [(name, [])])
+        return name not in self.copies and bool(pieces) and all(piece in self._where for piece, _ in pieces)
 
     def parameters(self, path: str) -> list[str]:
         """Names of the parameters of module `path`, such as `["weight"]`."""

@@ -394,7 +394,7 @@ def test_biases_of_fused_experts_are_biases():
         ("dbrx", "lora", "{attention: all, experts: all}", "experts"),
         ("dbrx", "dora", "{attention: all, ffn.experts.mlp: 1}", "ffn.experts.mlp"),
         ("dbrx", "lora", "all", "ffn.experts.mlp of DbrxForCausalLM stays as it is"),
-        ("xlnet", "lora", "all", "rel_attn of XLNetLMHeadModel stays as it is"),
+        ("recurrent_gemma", "lora", "all", "temporal_block.rg_lru of RecurrentGemmaForCausalLM stays as it is"),
         ("nemotron_h", "full", "{attention: 1, mixer: all}", "attention"),  # its layer 1 has none
         ("mixtral", "lora", "{experts: all, norms: all}", "norms"),
         ("mixtral", "full", "{experts: all, norms: all}", None),
@@ -495,6 +495,9 @@ def shrunk(config, text):
     found |= {
         f"{each}_token_{end}": 120 for each in TOKENS for end in ("id", "index") if f"{each}_token_{end}" in known
     }
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        found["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}
     parts = {key: getattr(config, key) for key in config.sub_configs if getattr(config, key, None) is not None}
     return found | {key: shrunk(part, text) for key, part in parts.items()}
 
@@ -531,6 +534,7 @@ def test_images_and_text_without_a_causal_language_model_train_the_text_in_the_w
         before, after = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
         moved = {name for name in before if not torch.equal(after[name], before[name])}
         assert moved and all(re.search(r"(language|text)_model.*layers\.[12]\.", name) for name in moved)
+        assert not any("vis" in path for path in open_base().architecture.modules)  # nor can layers name what sees
     look(torch.arange(1, LENS + 2))
 
 
