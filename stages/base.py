@@ -19,7 +19,7 @@ import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
 from stages.models.architecture import auto_class, depth, describe
-from stages.models.names import carry_over, copy_weights, is_swapped, pieces_of, refuse_lost, shapes_in
+from stages.models.names import carry_over, copy_weights, lost, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import (
     files_of,
@@ -119,21 +119,24 @@ def main() -> None:
 
 
 def keep(model: PreTrainedModel, source: Path | None, folder: Path, is_changed: bool) -> None:
-    """Write config and weights: where they are the source's, which a .gguf file has none of, then as they are there."""
-    if source and not is_changed and not is_swapped(model, source):
+    """Write config and weights: where they are the source's, which a .gguf file has none of, then as they are there.
+
+    transformers makes other weights of a few files, such as of one with the head of a tied pair alone.
+    """
+    if source and not is_changed and lost(model, source, pieces_of(model, shapes_in(source))) is None:
         copy_weights(source, folder)
         shutil.copyfile(source / "config.json", folder / "config.json")
         model.generation_config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
-    if source and is_changed:
-        keep_the_rest(model, source, folder)
+        if source:
+            keep_the_rest(model, source, folder)
     for path in source.glob("*processor_config.json") if source else ():
         shutil.copyfile(path, folder / path.name)
 
 
 def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Beside a text model that was changed, keep all else of its checkpoint as it is: weights and config."""
+    """Beside a text model that is written anew, keep all else of its checkpoint as it is: weights and config."""
     carry_over(model, source, folder)
     if (whole := whole_config(model, source)) is not model.config:
         if other := sorted(shapes_in(folder).keys() - shapes_in(source).keys()):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
-from stages.models.names import Piece, pieces_of, shapes_in
+from stages.models.names import Piece, pieces_of, shapes_in, text_modules
 from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
@@ -231,18 +231,6 @@ def auto_class(config: PretrainedConfig) -> Any:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """What of a model's config is about the text: all of it, but for a model of images and text."""
     return model.config.get_text_config(decoder=True)
-
-
-def text_modules(model: PreTrainedModel) -> set[nn.Module]:
-    """Modules of the text model with its embedding and output layer: of a model of images and text these are not all.
-
-    Raises:
-        MistakeError: as `layer_stack`.
-    """
-    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {module for part in parts if part is not None for module in part.modules()}
-    is_whole = text_config(model) is model.config or model.get_submodule(layer_stack(model)) not in found
-    return set(model.modules()) if is_whole else found
 
 
 def layer_stack(model: PreTrainedModel) -> str:

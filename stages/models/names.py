@@ -20,6 +20,7 @@ COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buf
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
@@ -81,11 +82,20 @@ def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
         save_file(tensors, folder / REST, {"format": "pt"})
 
 
-def is_swapped(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether a folder lacks an embedding and holds the head that is tied to it, which transformers takes as well."""
-    shapes = shapes_in(folder)
-    placed = shapes.keys() | pieces_of(model, shapes).keys()
-    return any(source not in placed for source in model.all_tied_weights_keys.values())
+def lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> str | None:
+    """The first weight of a model in memory that its folder lacks, or holds another of in the model's dtype."""
+    import torch
+
+    files, tied = _files(folder), model.all_tied_weights_keys
+    for name, weights in model.state_dict().items():
+        parts = pieces.get(name, [(name, [])])
+        if not parts or (parts[0][0] not in files and name in tied):
+            continue
+        if any(piece not in files for piece, _ in parts):
+            return name
+        if not torch.equal(assemble(parts, lambda piece: files[piece].get_tensor(piece)).to(weights.dtype), weights):
+            return name
+    return None
 
 
 def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> None:
@@ -96,20 +106,10 @@ def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Pie
     Raises:
         MistakeError: one is not there, or is not the same to the bit in the model's dtype.
     """
-    import torch
-
-    files, tied = _files(folder), model.all_tied_weights_keys
-    for name, weights in model.state_dict().items():
-        parts = pieces.get(name, [(name, [])])
-        if not parts or (parts[0][0] not in files and name in tied):
-            continue
-        found = None
-        if all(piece in files for piece, _ in parts):
-            found = assemble(parts, lambda piece: files[piece].get_tensor(piece)).to(weights.dtype)
-        if found is None or not torch.equal(found, weights):
-            raise MistakeError(
-                f"{type(model).__name__} keeps {name} in its file in a way that is not known here; choose another model"
-            )
+    if name := lost(model, folder, pieces):
+        raise MistakeError(
+            f"{type(model).__name__} keeps {name} in its file in a way that is not known here; choose another model"
+        )
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -145,6 +145,17 @@ def whole_shape(shape: list[int], pieces: list[Piece]) -> list[int]:
     return [max(column) for column in zip(*ends, strict=True)] + shape[told:]
 
 
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Modules of the text model with its embedding and output layer; in a model of images and text not all."""
+    from torch import nn
+
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {module for part in parts if part is not None for module in part.modules()}
+    is_whole = model.config.get_text_config(decoder=True) is model.config  # or what is called a decoder has no layers
+    is_whole = is_whole or not any(isinstance(module, nn.ModuleList) for module in found)
+    return set(model.modules()) if is_whole else found
+
+
 def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
     """The parts that parameters and buffers of `model` have in a file, except what is there whole by its own name.
 
@@ -160,8 +171,6 @@ def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str,
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    from stages.models.architecture import text_modules
 
     known, prefix, tables = (
         model.state_dict(keep_vars=True),

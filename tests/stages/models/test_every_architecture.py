@@ -102,6 +102,7 @@ OF_TYPE = {  # what a type of three layers has otherwise
     },
     "reformer": {"attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False, "feed_forward_size": 64}
     | {"attention_head_size": 8},
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"]},
