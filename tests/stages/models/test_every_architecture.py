@@ -449,7 +449,7 @@ def build_whole(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3", "mllama"])
 def test_images_and_text_train_the_text_and_keep_the_rest(kind):
     save_source(build_whole(kind))
     batch = pad(make_examples(4), 0)
@@ -464,6 +464,7 @@ def test_images_and_text_train_the_text_and_keep_the_rest(kind):
             assert torch.equal(model.eval()(input_ids=batch.ids).logits, part.eval()(input_ids=batch.ids).logits)
         before, after = load_file("model/model.safetensors"), load_file(MERGED / "model.safetensors")
         assert all(torch.equal(after[name], before[name]) for name in before if ".vis" in name)
+    look(torch.arange(1, LENS + 2))
 
 
 @pytest.mark.slow
