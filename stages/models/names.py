@@ -83,13 +83,13 @@ def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> str | None:
-    """The first weight of a model in memory that its folder lacks, or holds another of in the model's dtype."""
+    """The first weight of the text model in memory that its folder lacks, or holds another of in the model's dtype."""
     import torch
 
-    files, tied = _files(folder), model.all_tied_weights_keys
-    for name, weights in model.state_dict().items():
+    files, tied, texts = _files(folder), model.all_tied_weights_keys, _of_text(model)
+    for name, weights in model.state_dict(keep_vars=True).items():
         parts = pieces.get(name, [(name, [])])
-        if not parts or (parts[0][0] not in files and name in tied):
+        if id(weights) not in texts or (parts[0][0] not in files and name in tied):
             continue
         if any(piece not in files for piece, _ in parts):
             return name
@@ -156,6 +156,11 @@ def text_modules(model: PreTrainedModel) -> set[nn.Module]:
     return set(model.modules()) if is_whole else found
 
 
+def _of_text(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters and buffers of the text model."""
+    return {id(part) for module in text_modules(model) for part in module.state_dict(keep_vars=True).values()}
+
+
 def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
     """The parts that parameters and buffers of `model` have in a file, except what is there whole by its own name.
 
@@ -187,7 +192,7 @@ def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str,
             target, pattern = rename_source_key(name, [], [], prefix, known)
         if target in known:
             found.setdefault(target, {}).setdefault(pattern, []).append(name)
-    texts = {id(part) for module in text_modules(model) for part in module.state_dict(keep_vars=True).values()}
+    texts = _of_text(model)
     pieces: dict[str, list[Piece]] = {}
     for target, names in found.items():
         patterns = [pattern for pattern in names if pattern is not None]
