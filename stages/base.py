@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -17,8 +18,8 @@ from transformers import (
 import stages.models.modeling_houlsby as houlsby
 from stages.errors import MistakeError, first_line, placed, run
 from stages.files import BASE, FORMAT, publish, sha256, write_json
-from stages.models.architecture import depth, describe
-from stages.models.names import carry_over, pieces_of, refuse_lost, shapes_in
+from stages.models.architecture import auto_class, depth, describe
+from stages.models.names import carry_over, copy_weights, lost, pieces_of, refuse_lost, shapes_in
 from stages.models.room import add_adapters, add_biases, add_neurons
 from stages.models.source import (
     files_of,
@@ -43,10 +44,13 @@ def main() -> None:
     settings = params.base
     source = locate(settings)
     dtype = resolve_dtype(settings.dtype)
+    room = settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
     try:
         refuse_unfit(settings.model, source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            dtype=dtype,
+        is_gguf = "gguf_file" in source  # which is a text model always, and slow to read
+        kind = AutoModelForCausalLM if is_gguf else auto_class(AutoConfig.from_pretrained(**source))
+        loaded: Any = kind.from_pretrained(
+            dtype="auto" if any(room.values()) and files_of(source) else dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -76,21 +80,26 @@ def main() -> None:
         model = add_adapters(model, settings.adapter_size)
     architecture = describe(model)
     refuse_misfits(params, model, architecture)
-    config = model.generation_config
-    config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
-    if config.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
-        config.do_sample = False
-    forget_idle(config)
+    answers = model.generation_config
+    if not hasattr(answers, "do_sample"):
+        raise MistakeError(
+            f"params.yaml: base.model {settings.model!r} does not write token by token, as its"
+            f" {type(answers).__name__} tells; choose a causal language model"
+        )
+    answers.eos_token_id = stop_tokens(answers.eos_token_id, tokenizer)
+    if answers.do_sample is None:  # generate() is then greedy, and a pipeline draws at random
+        answers.do_sample = False
+    forget_idle(answers)
     with publish(BASE) as folder:
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with placed("params.yaml: base.model: "):
-            if found := files_of(source):
-                keep_the_rest(model, found, folder)
-            pieces = pieces_of(model, shapes_in(folder))
+            keep(model, files_of(source), folder, is_changed=any(room.values()))
+            shapes = shapes_in(folder)
+            pieces = pieces_of(model, shapes)
             refuse_lost(model, folder, pieces)
         refuse_speechless(settings.model, model)  # last, for some models change their weights on the way
-        dataclasses.replace(architecture, pieces=pieces).write(folder)
+        copies = [name for name in architecture.tied if pieces.get(name, [(name, [])])[0][0] in shapes]
+        dataclasses.replace(architecture, pieces=pieces, copies=copies).write(folder)
         if settings.adapter_size:
             shutil.copy(houlsby.__file__, folder)
         record = {
@@ -99,7 +108,7 @@ def main() -> None:
             "model": settings.model,
             "revision": settings.revision,
             "pin": settings.sha256,
-            "room": settings.model_dump(include={"add_biases", "extra_neurons", "adapter_size"}),
+            "room": room,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": model.num_parameters(),
             "layers": architecture.layers,
@@ -109,8 +118,25 @@ def main() -> None:
     refuse_chats(params)
 
 
+def keep(model: PreTrainedModel, source: Path | None, folder: Path, is_changed: bool) -> None:
+    """Write config and weights: where they are the source's, which a .gguf file has none of, then as they are there.
+
+    transformers makes other weights of a few files, such as of one with the head of a tied pair alone.
+    """
+    if source and not is_changed and lost(model, source, pieces_of(model, shapes_in(source))) is None:
+        copy_weights(source, folder)
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        if source:
+            keep_the_rest(model, source, folder)
+    for path in source.glob("*processor_config.json") if source else ():
+        shutil.copyfile(path, folder / path.name)
+
+
 def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Of a checkpoint that is more than its text model, keep all else as it is: weights, config and processor."""
+    """Beside a text model that is written anew, keep all else of its checkpoint as it is: weights and config."""
     carry_over(model, source, folder)
     if (whole := whole_config(model, source)) is not model.config:
         if other := sorted(shapes_in(folder).keys() - shapes_in(source).keys()):
@@ -119,8 +145,6 @@ def keep_the_rest(model: PreTrainedModel, source: Path, folder: Path) -> None:
                 " another model"
             )
         whole.save_pretrained(folder)
-    for path in source.glob("*processor_config.json"):
-        shutil.copy(path, folder)
 
 
 def forget_idle(config: GenerationConfig) -> None:

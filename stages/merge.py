@@ -24,7 +24,7 @@ from stages.project.params import Params, load_params
 from stages.weights.checkpoint import open_stages
 from stages.weights.places import tensors_of_peft
 from stages.weights.single_file import SingleFile, single_file
-from stages.weights.tensor_file import TensorFile
+from stages.weights.tensor_file import NAMES, TensorFile
 
 NOT_COPIED = {"stage.json", ARCHITECTURE, "model.safetensors.index.json"}  # files of the base alone
 
@@ -35,7 +35,7 @@ def main() -> None:
     # Processes share the work, one thread each: that is faster, and their number does not change a bit.
     torch.set_num_threads(1)
     merged = Merged(*open_stages(sorted(settings.merge.weights)), settings.merge)
-    facts = provenance(settings)
+    facts = provenance(settings.model_copy(update={"merge": merged.merge}))
     with publish(MERGED) as folder:
         write_json(folder / "lineage.json", facts)
         write(merged, folder, {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}, settings.thread_count)
@@ -109,13 +109,16 @@ def provenance(settings: Params) -> dict[str, Any]:
 
 
 def copy_companions(merged: Merged, folder: Path) -> None:
-    """Copy config and tokenizer beside the weights; the config tells the new dtype, and whether the head is untied."""
+    """Copy config and tokenizer beside the weights; the config tells a new dtype, and whether the head is untied."""
     for path in merged.base.folder.iterdir():
         if path.suffix != ".safetensors" and path.name not in NOT_COPIED:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    config = read_json(folder / "config.json") | {"dtype": merged.merge.dtype}
-    for part in (value for value in config.values() if isinstance(value, dict) and "dtype" in value):
-        part["dtype"] = merged.merge.dtype
+    config = read_json(folder / "config.json")
+    if NAMES[getattr(torch, merged.merge.dtype)] != merged.base.dtype:
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part is config or {"dtype", "torch_dtype"} & part.keys():  # the second in older ones
+                part.pop("torch_dtype", None)
+                part["dtype"] = merged.merge.dtype
     if merged.base.untied_by(merged.changed()):
         config["tie_word_embeddings"] = False
         if "text_config" in config:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from stages.errors import MistakeError, placed, run
 from stages.files import ANSWERS, PICKED, read_json, rounded, write_table
+from stages.models.architecture import text_config
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.models.scoring import score
 from stages.project.params import load_params
@@ -48,7 +49,7 @@ def main(name: str) -> None:
         if not any(row["weight"] for row in found):
             raise MistakeError(
                 f"params.yaml: datasets.{dataset} has no evaluation record whose answer base.model reads to, of at most"
-                f" {model.config.max_position_embeddings} tokens with the question; take shorter ones"
+                f" {text_config(model).max_position_embeddings} tokens with the question; take shorter ones"
             )
         rows += [{"dataset": dataset, "record": number, **row} for number, row in enumerate(found, start=1)]
     table = pd.DataFrame(rounded(rows), columns=list(COLUMNS)).astype(COLUMNS)

@@ -29,7 +29,7 @@ from analysis.telling.text import percent, ranges
 from stages.errors import MistakeError
 from stages.files import write_text
 from stages.models.architecture import OUTSIDE
-from stages.models.names import weight_files
+from stages.models.names import full_name, weight_files
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.foreign import read_config
 
@@ -135,7 +135,7 @@ def compare(first: Checkpoint, models: list[Model]) -> Compared:
         for model in models:
             change = _change(first, model, path, parameter)
             if change is None:
-                missing[model.name].append(f"{path}.{parameter}")
+                missing[model.name].append(full_name(path, parameter))
             elif bool(change.delta.any()):
                 deltas[model.name] = change.delta
                 tally.add_row(model.name, where, change)
@@ -178,8 +178,8 @@ class StoredChange(TensorChange):
 def _change(first: Checkpoint, model: Model, path: str, parameter: str) -> TensorChange | None:
     """What sets a model's tensor apart from the first's; None where one of the two lacks it, or the shapes differ."""
     try:
-        stored = first.stored(f"{path}.{parameter}")
-        file = None if isinstance(model, VirtualCheckpoint) else model.stored(f"{path}.{parameter}")
+        stored = first.stored(full_name(path, parameter))
+        file = None if isinstance(model, VirtualCheckpoint) else model.stored(full_name(path, parameter))
         exact = model.module(path)[parameter] if file is None else file.float()
     except KeyError:
         return None

@@ -21,6 +21,7 @@ from analysis.changes.tally import Tally, Where
 from analysis.changes.tensors import TensorChange, chunks, distance, has_unit_gain
 from stages.merging.merged import Merged
 from stages.models.architecture import OUTSIDE
+from stages.models.names import full_name
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
@@ -42,7 +43,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         merged = exact.module(path)
         for parameter in parameters:
             own = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
-            name = f"{path}.{parameter}"
+            name = full_name(path, parameter)
             tensor = _Tensor(
                 where=Where(*base.architecture.place(path), parameter),
                 unit_gain=has_unit_gain(base.architecture, path, parameter),
@@ -63,6 +64,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
         grams=measuring.tally.grams,
         modules=base.architecture.kinds,
         layers=base.architecture.layers,
+        dtype=exact.merge.dtype,
         untouched=len(measuring.untouched),
         untouched_max=max(measuring.untouched, default=0.0),
     )

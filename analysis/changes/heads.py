@@ -14,7 +14,7 @@ import torch
 
 from analysis.changes.measured import MERGED
 from stages.merging.merged import Merged
-from stages.models.architecture import Architecture
+from stages.models.architecture import OUTSIDE, Architecture
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def measure_heads(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoi
 def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
     """Paths of the modules in each layer with attention, by the last part of their names."""
     layers: dict[int, dict[str, str]] = {}
-    for path in base.modules:
+    for path in base.architecture.modules:
         layer, kind = base.architecture.place(path)
         layers.setdefault(layer, {})[kind.rpartition(".")[2]] = path
+    layers.pop(OUTSIDE, None)  # where other parts of a model have heads too
     return {layer: paths for layer, paths in layers.items() if _are_heads(paths, base.architecture)}
 
 

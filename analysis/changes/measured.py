@@ -46,6 +46,7 @@ class Measured:
         grams: by layer, inner products of all pairs of `names`, float64 [names, names].
         modules: kinds of modules in the order of the model, such as `self_attn.q_proj`.
         layers: how many layers the model has.
+        dtype: of the merged file, such as `bfloat16`.
         untouched: how many tensors no merged stage changes.
         untouched_max: max|merged − base| over them, the base rounded to the merged file's dtype.
     """
@@ -58,6 +59,7 @@ class Measured:
     grams: dict[int, Matrix]
     modules: list[str]
     layers: int
+    dtype: str
     untouched: int
     untouched_max: float
 

@@ -125,26 +125,30 @@ def _seen_in(model: PreTrainedModel, shape: torch.Size) -> Iterator[_Seen]:
         model: that runs.
         shape: [texts, tokens].
     """
-    seen, hooks = _Seen(), []
+    seen, hooks, layers = _Seen(), [], list(model.get_submodule(layer_stack(model)).children())
 
     def states(found: torch.Tensor) -> torch.Tensor:
         found = found if found.shape[:2] == shape else found.movedim(0, 2)  # Gemma 3n has its streams first
         return found.flatten(2).float().cpu()
 
-    def came_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not seen.outputs:
+    def came_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        while len(seen.outputs) <= number:  # Mllama goes past the layers that see images
             seen.outputs.append(states(args[0] if args else kwargs["hidden_states"]))
 
     def went_out(_: nn.Module, args: Any, output: Any) -> None:
         seen.outputs.append(states(output if isinstance(output, torch.Tensor) else output[0]))
 
     def read(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.outputs += seen.outputs[-1:] * (len(layers) + 1 - len(seen.outputs))
         seen.last, seen.first = args[0].float().cpu(), args[0][:, :1]
         return seen.first  # nobody looks at the other logits
 
     hooks.append(_head(model).register_forward_pre_hook(read))
-    for number, layer in enumerate(model.get_submodule(layer_stack(model)).children()):
-        hooks += [layer.register_forward_pre_hook(came_in, with_kwargs=True), layer.register_forward_hook(went_out)]
+    for number, layer in enumerate(layers):
+        hooks += [
+            layer.register_forward_pre_hook(lambda _, *given, at=number: came_in(at, *given), with_kwargs=True),
+            layer.register_forward_hook(went_out),
+        ]
         hooks += [
             part.register_forward_hook(lambda _, args, output, at=(name, number): seen.add(at[0], at[1], output))
             for name, part in layer.named_children()

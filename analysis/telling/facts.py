@@ -25,7 +25,7 @@ class Facts:
     """All that the report tells, before it is put into words and pictures.
 
     Attributes:
-        settings: params.yaml.
+        settings: params.yaml, with the dtype of the merged file where it leaves that to the base.
         measured: weights, from `analysis.measure`.
         records: stage.json of the base and of every stage, and the checkpoint's size in bytes.
         evaluation: content of reports/evaluation.json.
@@ -134,12 +134,12 @@ class Facts:
 
 def gather(params: Params) -> Facts:
     """Read what the other stages left."""
-    records = read_json(PICKED / "checkpoints.json")
+    records, measured = read_json(PICKED / "checkpoints.json"), Measured.read(REPORTS / "measured")
     architecture = Architecture.of(BASE)
     trained = [name for name, stage in params.stages.items() if stage.method != "import"]
     return Facts(
-        settings=params,
-        measured=Measured.read(REPORTS / "measured"),
+        settings=params.model_copy(update={"merge": params.merge.model_copy(update={"dtype": measured.dtype})}),
+        measured=measured,
         records=records,
         evaluation=read_json(REPORTS / "evaluation.json"),
         scorers={name: read_json(REPORTS / "data" / f"{name}.json")[name]["scorers"] for name in params.datasets},

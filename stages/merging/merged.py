@@ -14,7 +14,7 @@ from stages.files import MERGED
 from stages.merging.core_space import merge_in_core
 from stages.merging.kernels import Values, find_kernel
 from stages.merging.parameters import evaluate
-from stages.models.names import Piece
+from stages.models.names import Piece, full_name
 from stages.settings.merge import Merge
 from stages.weights.adapter import Factors, Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
@@ -62,15 +62,15 @@ class Merged:
     """
 
     def __init__(self, base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> None:
-        self.name, self.base, self.merge = "merged", base, merge
+        self.name, self.base, self.merge = "merged", base, with_dtype(merge, base.dtype)
         self.stages = sorted(stages, key=lambda stage: stage.name)
         self._kernel = find_kernel(merge)
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
-        """Parameters of each module: the base's, and those of tied modules that a stage unties."""
-        untied = {path: self.base.parameters(path) for path in self.base.untied_by(self.adapted())}
-        return {**self.base.modules, **untied}
+        """Parameters of each module: the base's, and those of tied modules that a stage unties or the file repeats."""
+        tied = self.base.untied_by(self.adapted()) | {name.rpartition(".")[0] for name in self.base.copies}
+        return {**self.base.modules, **{path: self.base.parameters(path) for path in sorted(tied)}}
 
     def adapted(self) -> set[str]:
         """Modules that a merged stage adapts."""
@@ -82,11 +82,12 @@ class Merged:
 
     def names(self, paths: Iterable[str]) -> list[str]:
         """Full names of the parameters of some modules."""
-        return [f"{path}.{parameter}" for path in paths for parameter in self.modules[path]]
+        return [full_name(path, parameter) for path in paths for parameter in self.modules[path]]
 
     def pieces(self, name: str) -> list[Piece]:
-        """Tensors of the file that a parameter is written as: those of the base, and an untied head as itself."""
-        return [(name, [])] if name.rpartition(".")[0] in self.base.tied else self.base.pieces(name)
+        """Tensors of the file that a parameter is written as: those of the base, and a tied head as itself."""
+        is_tied = name.rpartition(".")[0] in self.base.tied
+        return [(self.base.copies.get(name, name), [])] if is_tied else self.base.pieces(name)
 
     def specification(self, name: str) -> Specification:
         """Shape and safetensors dtype of one parameter in the file.
@@ -135,7 +136,7 @@ class Merged:
 
     def matrices(self, path: str, parameter: str) -> list[tuple[str, Place]]:
         """What is merged by itself of a parameter: each expert of a stack, else all of it; with names for them."""
-        name = f"{path}.{parameter}"
+        name = full_name(path, parameter)
         shape, _ = self.base.specification(name)
         if self.base.architecture.is_stack(path) and len(shape) > 1:
             return [(f"{name}.{number}", number) for number in range(shape[0])]
@@ -221,7 +222,7 @@ class Merged:
             else:
                 merged.append(self._matrix(name, matrix, own))
         whole = torch.stack(merged) if len(merged) > 1 else merged[0].view_as(weight)
-        return self._finite(f"{path}.{parameter}", whole)
+        return self._finite(full_name(path, parameter), whole)
 
     def _is_turned(self, path: str) -> bool:
         """Whether matrices are to be transposed for the method."""
@@ -315,6 +316,13 @@ def _turned(factors: Factors | None) -> Factors | None:
 
 def _alone(stage: VirtualCheckpoint, path: str, parameter: str) -> torch.Tensor:
     return stage.alone(path)[parameter]
+
+
+def with_dtype(merge: Merge, stored: str) -> Merge:
+    """The settings with the dtype of the base's file, in safetensors' words, in the place of `auto`."""
+    if merge.dtype != "auto":
+        return merge
+    return merge.model_copy(update={"dtype": str(DTYPES[stored]).removeprefix("torch.")})
 
 
 def open_merged(base: Checkpoint, stages: list[VirtualCheckpoint], merge: Merge) -> Checkpoint | Merged:

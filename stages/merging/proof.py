@@ -39,7 +39,7 @@ class Proof:
         wanted = {name: self._base.file(name).specification(name) for name in self._base.stored_names}
         for path in self._base.untied_by(self._merged.adapted()):
             for name in (f"{path}.{parameter}" for parameter in self._base.parameters(path)):
-                wanted[name] = self._base.specification(name)
+                wanted[self._merged.pieces(name)[0][0]] = self._base.specification(name)
         own = self._base.beside
         wanted = {n: (shape, dtype if n in own else dtypes.get(dtype, dtype)) for n, (shape, dtype) in wanted.items()}
         found: dict[str, Specification] = {name: self._file.specification(name) for name in self._file}
@@ -56,8 +56,8 @@ class Proof:
             MistakeError: it is not.
         """
         for name in self._merged.names([path]):
-            for piece, _ in self._base.pieces(name):
-                pairs = zip(self._base.file(piece).pieces(piece), self._file.pieces(piece), strict=True)
+            for (source, _), (piece, _) in zip(self._base.pieces(name), self._merged.pieces(name), strict=True):
+                pairs = zip(self._base.file(source).pieces(source), self._file.pieces(piece), strict=True)
                 if not all(torch.equal(_bits(before.to(after.dtype)), _bits(after)) for before, after in pairs):
                     raise MistakeError(f"the merged file has other numbers in {piece} than the base; {AGAIN}")
 

@@ -63,8 +63,8 @@ class Writer:
 
     def _copy(self, name: str) -> None:
         """A tensor that no stage changes, as bytes, with a piece of it in memory at a time."""
-        for piece, _ in self._base.pieces(name):
-            parts = self._base.file(piece).pieces(piece)
+        for (source, _), (piece, _) in zip(self._base.pieces(name), self._merged.pieces(name), strict=True):
+            parts = self._base.file(source).pieces(source)
             self._files["model"].put_pieces(piece, (self._merged.rounded(name, values) for values in parts))
 
     def _part(self, path: str, weights: dict[str, torch.Tensor]) -> Part | None:

@@ -21,8 +21,8 @@ class BitFit(Copies):
     method: Literal["bitfit"]
 
     def parameters(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
-        """The bias of each of `modules` that has one."""
-        biases = [name for name in parameters_of(model, modules) if name.endswith(".bias")]
+        """The biases of each of `modules` that has any, those of fused experts (`down_proj_bias`) with them."""
+        biases = [name for name in parameters_of(model, modules) if name.endswith((".bias", "_bias"))]
         if not biases:
             raise MistakeError(
                 f"method 'bitfit' trains biases, and {type(model).__name__} has none in these layers;"

@@ -14,7 +14,7 @@ from stages.settings.stage import Training
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peft import LNTuningConfig, PeftModel
+    from peft import LNTuningConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 COPY = ".ln_tuning_layers.default."  # in the name of a parameter of a copy
@@ -44,6 +44,11 @@ class Copies(Training):
         self._trained = set(self.parameters(model, modules))
         paths = [path for path in modules if self._trained.intersection(parameters_of(model, [path]))]
         return LNTuningConfig(task_type="CAUSAL_LM", target_modules=exactly(_outermost(paths)))
+
+    def trained(self, config: PeftConfig, modules: list[str]) -> list[str]:
+        """Those that have a parameter to train, in a module that is copied."""
+        owners = {name.rpartition(".")[0] for name in self._trained}
+        return [path for path in modules if path in owners]
 
     def started(self, model: PeftModel) -> None:
         """Freeze all of the copies that is not to be trained."""

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stages.errors import MistakeError
 from stages.files import read_json, write_json
-from stages.models.names import Piece, pieces_of, shapes_in
+from stages.models.names import Piece, pieces_of, shapes_in, text_modules
 from stages.settings.ranges import Layers, parse
 
 if TYPE_CHECKING:
@@ -32,13 +32,17 @@ OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
 Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
 MATRICES = ("linear", "conv1d")
 STACKS = ("experts", "transposed_experts")
-Group = Literal["attention", "mlp", "experts", "router", "norms", "embeddings", ""]
+Group = Literal["attention", "mixer", "mlp", "experts", "router", "norms", "embeddings", ""]
+GROUPS = {*get_args(Group)} - {""}
 IN_MLP = ("mlp", "experts", "router")  # groups that `mlp` names
-# Parts of the names of modules that make them one of the group.
+# Parts of the names of modules that make them one of the group, the first that does.
 SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
 EXPERTS = {"experts", *SHARED}
 OLD_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}  # what experts once were, and PEFT renames
-ROUTERS = {"router", "gate", "shared_expert_gate"}
+ROUTERS = {"router", "gate", "router_gate", "shared_expert_gate"}
+MLPS = {"mlp", "mlps", "mlp_block", "feed_forward", "ff", "ffn", "block_sparse_moe"}
+MLPS |= {"fc1", "fc2", "intermediate", "output"}  # of layers that have none of these around the matrices
+MIXERS = {"mamba", "mixer", "temporal_block", "mlstm_layer", "conv"}  # Mamba, RG-LRU, mLSTM, short convolutions
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ class Architecture:
         layers: how many there are.
         heads: of attention in each; None where the config does not tell.
         positions: the longest text, in tokens; None where there is no limit.
-        modules: by dotted name, in the model's order.
+        modules: of the text model, by dotted name, in its order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
         pieces: where parameters and buffers are in the file that it holds by other names (see `stages.models.names`).
+        copies: those of `tied` that the file holds all the same, equal to what they share.
     """
 
     model_type: str
@@ -82,6 +87,7 @@ class Architecture:
     modules: dict[str, Module]
     tied: dict[str, str]
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:
@@ -146,9 +152,10 @@ class Architecture:
         """Dotted names of the modules that a stage's `layers` names, in the model's order.
 
         Args:
-            setting: a range, which means everything inside those layers; or for each of `attention`, `mlp` (experts and
-                router among it), `experts` (shared ones among them), `router`, `norms`, `embeddings` (with the output
-                layer) or a module's own name, such as `q_proj`, or that of shared experts, a range of its own.
+            setting: a range, which means everything inside those layers; or for each of `attention` (linear attention
+                too), `mixer` (what else mixes tokens, such as Mamba), `mlp` (experts and router among it), `experts`
+                (shared ones among them), `router`, `norms`, `embeddings` (with the output layer) or a module's own
+                name, such as `q_proj`, or that of shared experts, a range of its own.
 
         Raises:
             MistakeError: a name that no module has, or a layer that the model does not have; the sentence begins with
@@ -161,7 +168,7 @@ class Architecture:
         for group, text in setting.items():
             members = [path for path in self.modules if group in self._names(path)]
             if not members:
-                groups = {name for path in self.modules for name in self._names(path)} & {*get_args(Group)} - {""}
+                groups = {name for path in self.modules for name in self._names(path)} & GROUPS
                 names = {self.place(path)[1].rpartition(".")[2] for path in self.modules} - groups
                 raise MistakeError(
                     f"layers names {group!r}, which no module of the model is called;"
@@ -175,7 +182,8 @@ class Architecture:
         """Groups and names that a module goes by in `layers`."""
         kind, group = self.place(path)[1], self.modules[path].group
         parts = kind.split(".")
-        return {group, "mlp" if group in IN_MLP else group, kind, parts[-1], *SHARED.intersection(parts)}
+        own = {kind, parts[-1], *SHARED.intersection(parts)} - GROUPS  # such as an attention's own experts
+        return {group, "mlp" if group in IN_MLP else group, *own}
 
 
 def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = None) -> Architecture:
@@ -186,14 +194,14 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """
     config, stack = text_config(model), layer_stack(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    modules = {}
+    modules, texts = {}, text_modules(model)
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
-    for path, module in model.named_modules():
+    for path, module in ((path, module) for path, module in model.named_modules() if module in texts):
         shapes = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
         if shapes:
             if is_norm(module) and type(module) not in unit_gains:
                 unit_gains[type(module)] = _has_unit_gain(module)
-            group = _group(path, module, stack, ends)
+            group = _group(path, model, stack, ends)
             modules[path] = Module(kind_of(module), group, shapes, unit_gains.get(type(module), False))
     return Architecture(
         model_type=config.model_type,
@@ -210,10 +218,18 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder without its weights, from its config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return auto_class(config).from_config(config)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' class that loads a model of such a config: the text model, or where it has none the whole."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -311,18 +327,39 @@ def _gives_a_product(module: nn.Linear) -> bool:
     return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
 
 
-def _group(path: str, module: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
-    layer, kind = place(path, stack)
+def _group(path: str, model: nn.Module, stack: str, ends: list[nn.Module | None]) -> Group:
+    """What `layers` calls a module; nothing where it is none of that, such as what scales a residual stream."""
+    module, (layer, kind) = model.get_submodule(path), place(path, stack)
     if layer == OUTSIDE:
         return "embeddings" if any(module is end for end in ends) else ""
     if is_norm(module):
         return "norms"
     parts = kind.split(".")
-    if "attn" in parts[0] or "attention" in parts[0]:
-        return "attention"
+    around = _part_of(model.get_submodule(f"{stack}.{layer}"), parts)
+    if around in ("attention", "mixer"):
+        return around
     if EXPERTS.intersection(parts) or "Experts" in type(module).__name__:
         return "experts"
-    return "router" if ROUTERS.intersection(parts) else "mlp"
+    return "router" if ROUTERS.intersection(parts) else around
+
+
+def _part_of(layer: nn.Module, parts: list[str]) -> Literal["attention", "mixer", "mlp", ""]:
+    """What part of its layer a module is in, by the first name or class on the way to it that tells.
+
+    The class goes first: Nemotron-H calls attention, Mamba and MLPs `mixer` alike.
+    """
+    for name in ["", *parts]:  # XLM's layers are attentions themselves
+        layer = layer.get_submodule(name)
+        told, called = type(layer).__name__.lower(), name.lower()
+        if told.endswith("attention") or called.endswith(("attn", "att", "attention")):
+            return "attention"
+        if called.endswith("layernorm"):  # A.X K2's have small MLPs of their own
+            return ""
+        if called in MLPS or told.endswith(("mlp", "moe")):
+            return "mlp"
+        if called in MIXERS:
+            return "mixer"
+    return ""
 
 
 def _has_unit_gain(norm: nn.Module) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from stages.errors import MistakeError
-from stages.models.architecture import MATRICES, describe, is_norm, kind_of
+from stages.models.architecture import MATRICES, Architecture, describe, is_norm, kind_of
 from stages.settings.ranges import Layers
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def mlp_width(config: PretrainedConfig) -> int | None:
 
 
 def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D).
+    """Those of `modules` that are weight matrices (Linear and GPT-2's Conv1D); a warning tells what else has matrices.
 
     Raises:
         MistakeError: the embedding is among `modules`, and so was named; the sentence begins with the key below
@@ -37,7 +38,26 @@ def linear_modules(model: PreTrainedModel, modules: list[str]) -> list[str]:
                 f"layers names {path}, which is no matrix that an adapter goes beside; name the output layer alone, by"
                 " lm_head: all, or choose full"
             )
-    return [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
+    matrices = [path for path in modules if kind_of(model.get_submodule(path)) in MATRICES]
+    if left := _left_out(describe(model), modules, matrices):
+        warnings.warn(
+            f"{', '.join(left)} of {type(model).__name__} stays as it is, for adapters go beside a Linear alone;"
+            " method full trains it",
+            stacklevel=2,
+        )
+    return matrices
+
+
+def _left_out(architecture: Architecture, modules: list[str], matrices: list[str]) -> list[str]:
+    """Kinds of `modules` that have matrices, are none of `matrices` and hold none, such as the experts of DBRX."""
+    adapted, left = set(matrices), list[str]()
+    for path in modules:
+        shapes = architecture.modules[path].parameters.values()
+        has_matrix = any(len(shape) > 1 and min(shape) > 1 for shape in shapes)
+        is_known = path in adapted or architecture.lone_matrices(path)
+        if has_matrix and not is_known and not any(other.startswith(f"{path}.") for other in matrices):
+            left.append(architecture.place(path)[1])
+    return list(dict.fromkeys(left))
 
 
 def lone_matrices(model: PreTrainedModel, modules: list[str]) -> list[str]:

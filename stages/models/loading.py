@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import stages.models.modeling_houlsby  # noqa: F401  # makes its models known to transformers
-from stages.files import BASE, read_json, read_record
+from stages.files import BASE, read_record
+from stages.models.architecture import auto_class
 
 
 class Weights(Protocol):
@@ -48,11 +49,14 @@ def load_model(
     """
     changed, base = checkpoint.changed(), checkpoint.base
     config = AutoConfig.from_pretrained(base.folder)
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would scale its weights in place whenever it is asked, and back in training
     if base.untied_by(changed):
         for each in (config, config.get_text_config(decoder=True)):
             each.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
-    model.to(place)  # type: ignore[arg-type]  # the library's decorator hides the signature
+    loader = auto_class(config)
+    model: Any = loader.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
+    model.to(place)
     set_weights(model, checkpoint, changed)
     return model.eval()
 
@@ -74,6 +78,6 @@ def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    config = read_json(folder / "config.json")
-    tokenizer.rows = min(config.get("text_config", config).get("vocab_size", len(tokenizer)), len(tokenizer))
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    tokenizer.rows = min(getattr(config, "vocab_size", len(tokenizer)), len(tokenizer))
     return tokenizer

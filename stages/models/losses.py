@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.models.architecture import layer_stack
+from stages.models.architecture import layer_stack, text_config
 from stages.records.record import Record
 from stages.records.tokens import Example, encode
 
@@ -235,7 +235,7 @@ def record_losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
 ) -> list[tuple[float, float]]:
     """Of each record Σwᵢlᵢ, the cross-entropy of its supervised tokens in nats by their weights, and Σ|wᵢ|."""
-    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
+    positions = getattr(text_config(model), "max_position_embeddings", None)  # BLOOM, MPT and Mamba have no limit
     examples = [
         (place, example) for place, record in enumerate(records) for example in encode(record, tokenizer, positions)
     ]

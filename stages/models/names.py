@@ -7,6 +7,7 @@ under those of the file, so that whatever loads the base loads it too.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # buf
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
@@ -26,6 +28,11 @@ Index = list[int | list[int]]
 """What part of a parameter: for each of its leading dimensions a position, or [start, end]; [] is all of it."""
 Piece = tuple[str, Index]
 """A tensor of a file, and the part of the parameter that it is."""
+
+
+def full_name(module: str, parameter: str) -> str:
+    """Name of a parameter; that of a tensor in no module, such as `logit_scale`, for which `module` is empty."""
+    return f"{module}.{parameter}" if module else parameter
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,6 +52,14 @@ def weight_files(folder: Path) -> list[Path]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise MistakeError(f"{index} does not name files of its folder; download the model again") from None
     return [*(folder / name for name in names), *rest]
+
+
+def copy_weights(source: Path, folder: Path) -> None:
+    """Copy the files that transformers loads a model's weights from, with their index, into another folder."""
+    index = source / "model.safetensors.index.json"
+    files = weight_files(source)
+    for path in files if (source / "model.safetensors").exists() else [*files, index]:
+        shutil.copyfile(path, folder / path.name)  # and not its mode, which may be that of a read-only file
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:
@@ -67,26 +82,34 @@ def carry_over(model: PreTrainedModel, source: Path, folder: Path) -> None:
         save_file(tensors, folder / REST, {"format": "pt"})
 
 
+def lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> str | None:
+    """The first weight of the text model in memory that its folder lacks, or holds another of in the model's dtype."""
+    import torch
+
+    files, tied, texts = _files(folder), model.all_tied_weights_keys, _of_text(model)
+    for name, weights in model.state_dict(keep_vars=True).items():
+        parts = pieces.get(name, [(name, [])])
+        if id(weights) not in texts or (parts[0][0] not in files and name in tied):
+            continue
+        if any(piece not in files for piece, _ in parts):
+            return name
+        if not torch.equal(assemble(parts, lambda piece: files[piece].get_tensor(piece)).to(weights.dtype), weights):
+            return name
+    return None
+
+
 def refuse_lost(model: PreTrainedModel, folder: Path, pieces: dict[str, list[Piece]]) -> None:
-    """Hold the weights of a model in memory against the file that it was just saved to.
+    """Hold the weights of a model in memory against the file that it is in.
 
     All that follows reads the file, and a weight that it missed would be trained and then be lost in the merge.
 
     Raises:
-        MistakeError: one is not there, or is not the same to the bit.
+        MistakeError: one is not there, or is not the same to the bit in the model's dtype.
     """
-    import torch
-
-    files, tied = _files(folder), model.all_tied_weights_keys
-    for name, weights in model.state_dict().items():
-        parts = pieces.get(name, [(name, [])])
-        if parts[0][0] not in files and name in tied:
-            continue
-        is_there = all(piece in files for piece, _ in parts)
-        if not is_there or not torch.equal(assemble(parts, lambda piece: files[piece].get_tensor(piece)), weights):
-            raise MistakeError(
-                f"{type(model).__name__} keeps {name} in its file in a way that is not known here; choose another model"
-            )
+    if name := lost(model, folder, pieces):
+        raise MistakeError(
+            f"{type(model).__name__} keeps {name} in its file in a way that is not known here; choose another model"
+        )
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -122,20 +145,43 @@ def whole_shape(shape: list[int], pieces: list[Piece]) -> list[int]:
     return [max(column) for column in zip(*ends, strict=True)] + shape[told:]
 
 
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Modules of the text model with its embedding and output layer; in a model of images and text not all."""
+    from torch import nn
+
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {module for part in parts if part is not None for module in part.modules()}
+    is_whole = model.config.get_text_config(decoder=True) is model.config  # or what is called a decoder has no layers
+    is_whole = is_whole or not any(isinstance(module, nn.ModuleList) for module in found)
+    return set(model.modules()) if is_whole else found
+
+
+def _of_text(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters and buffers of the text model."""
+    return {id(part) for module in text_modules(model) for part in module.state_dict(keep_vars=True).values()}
+
+
 def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
     """The parts that parameters and buffers of `model` have in a file, except what is there whole by its own name.
+
+    None are those of a parameter beside the text model, such as a vision tower's, that the file has otherwise: it is
+    carried over as it is there.
 
     Args:
         model: maybe without its weights.
         shapes: of the tensors of the file, by name.
 
     Raises:
-        MistakeError: transformers makes one from the file by more than putting tensors together.
+        MistakeError: transformers makes one of the text model by more than putting tensors together.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    known, prefix, tables = model.state_dict(), model.base_model_prefix, get_model_conversion_mapping(model)
+    known, prefix, tables = (
+        model.state_dict(keep_vars=True),
+        model.base_model_prefix,
+        get_model_conversion_mapping(model),
+    )
     renamings = [table for table in tables if isinstance(table, WeightRenaming)]
     converters = [table for table in tables if isinstance(table, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -146,10 +192,14 @@ def pieces_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> dict[str,
             target, pattern = rename_source_key(name, [], [], prefix, known)
         if target in known:
             found.setdefault(target, {}).setdefault(pattern, []).append(name)
+    texts = _of_text(model)
     pieces: dict[str, list[Piece]] = {}
     for target, names in found.items():
         patterns = [pattern for pattern in names if pattern is not None]
-        if patterns:
+        if id(known[target]) not in texts:
+            if names.get(None, [""])[-1] != target:
+                pieces[target] = []
+        elif patterns:
             pieces[target] = _put_together(target, by_pattern[patterns[0]], names, shapes)
         elif names[None][-1] != target:
             pieces[target] = [(names[None][-1], [])]

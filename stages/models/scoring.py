@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from stages.models.architecture import text_config
 from stages.models.losses import record_losses
 from stages.records.record import Record, answer, asked
 from stages.records.scorers import score_answers
@@ -79,7 +80,7 @@ def generate(
     """
     turned = [turns(record, tokenizer)[-1] for record in records]
     stops, most = _stops(model, tokenizer), bounds.max_new_tokens
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    positions = getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
     answers = [Answer("", UNASKED)] * len(records)
     with _without_config(model):
         for rows in _batches([len(turn.asked.ids) for turn in turned], bounds.batch_size, most, positions):

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import CONFIG_NAME, cached_file
 
 from stages.errors import MistakeError, first_line
@@ -122,8 +125,8 @@ def resolve_dtype(name: str) -> torch.dtype:
 def refuse_unfit(name: str, source: dict[str, Any]) -> None:
     """Raise a MistakeError for what no stage can be trained on, as its config.json tells; a .gguf file is dequantised.
 
-    That is a type of model of which transformers has no causal language model, and weights that are kept as whole
-    numbers or in eight bits.
+    That is a type of model of which transformers has no decoder, be it of text or of images and text, and weights that
+    are kept as whole numbers or in eight bits.
 
     Args:
         name: what params.yaml calls the model.
@@ -133,7 +136,9 @@ def refuse_unfit(name: str, source: dict[str, Any]) -> None:
         return
     config, _ = PreTrainedConfig.get_config_dict(**source)
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    is_whole = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_decoder = is_whole and not AutoConfig.from_pretrained(**source).is_encoder_decoder
+    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_decoder:
         raise MistakeError(
             f"params.yaml: base.model {name!r} is of type {kind}, of which transformers has no causal language model;"
             " docs/architectures.md has the types to choose from"
@@ -179,11 +184,12 @@ def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -
 def refuse_speechless(name: str, model: PreTrainedModel) -> None:
     """Raise a MistakeError for a model whose last layer cannot be trained on text alone, such as one that drafts.
 
-    Nor can it where layers are skipped at random: a stage of few layers would have steps in which it learns nothing.
+    Or whose tokens see those that come after them: their losses would tell nothing. Nor can it where layers are skipped
+    at random: a stage of few layers would have steps in which it learns nothing.
 
     Args:
         name: what params.yaml calls the model.
-        model: which is left in training mode, and frozen but for that layer.
+        model: which is left frozen but for that layer.
     """
     for key in ("layerdrop", "decoder_layerdrop"):
         if getattr(text_config(model), key, 0):
@@ -201,11 +207,22 @@ def refuse_speechless(name: str, model: PreTrainedModel) -> None:
             raise ValueError(f"they are {list(logits.shape)} for {list(ids.shape)} tokens")
         if not logits.requires_grad:
             raise ValueError("no gradient comes from them to the last layer")
+        _refuse_foresight(model, ids)
     except Exception as error:  # each model has its own ways to want more
         raise MistakeError(
             f"params.yaml: base.model {name!r} makes no logits of tokens alone to be trained by"
             f" ({first_line(error)}); choose a causal language model of texts of any length"
         ) from None
+
+
+@torch.no_grad()
+def _refuse_foresight(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raise a ValueError if logits depend on the token after theirs, as those of a BERT that is no decoder do."""
+    ends = torch.stack([ids[0], ids[0]])
+    ends[1, -1] = ids[1, -1]
+    logits = model.eval()(input_ids=ends, attention_mask=torch.ones_like(ends), use_cache=False).logits[:, :-1].float()
+    if (logits[0] - logits[1]).norm() > 0.01 * logits[0].norm():  # bfloat16 may round the two otherwise
+        raise ValueError("each depends on the tokens that come after its own")
 
 
 def forget_quantisation(model: Any) -> None:

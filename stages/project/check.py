@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +88,24 @@ def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Archite
             modules = architecture.select(stage.layers)
             if isinstance(stage, Training):
                 config = stage.adapter_config(model, modules)
-                adapted = [path for path in modules if re.fullmatch(str(getattr(config, "target_modules", "")), path)]
+                adapted = stage.trained(config, modules)
+                _refuse_idle(stage, architecture, adapted)
                 if common := [path for path in adapted if path in architecture.shared]:
                     raise MistakeError(
                         f"layers names {common[0]}, which has its weights in common with"
                         f" {architecture.shared[common[0]]}, and a file has them once; name other modules in layers"
                     )
+
+
+def _refuse_idle(stage: Training, architecture: Architecture, adapted: list[str]) -> None:
+    """Raise a MistakeError for a group or name in a stage's `layers` of which its method would train nothing."""
+    groups = stage.layers if isinstance(stage.layers, dict) else {}
+    for group, text in groups.items():
+        if not set(adapted).intersection(architecture.select({group: text})):
+            raise MistakeError(
+                f"layers names {group!r}, of which method {stage.method!r} has nothing to train in layers {text};"
+                " leave it out, or choose full"
+            )
 
 
 def refuse_chats(params: Params) -> None:

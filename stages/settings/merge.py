@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from stages.settings.section import Settings
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 LARGEST = sys.float_info.max  # a whole number may be larger
@@ -77,7 +77,7 @@ class Merge(Settings):
     """What is written to merged/: the model, one PEFT adapter, the delta alone in float32."""
     adapter: AdapterSettings = AdapterSettings()
     """Of the output `adapter`."""
-    dtype: Dtype = "bfloat16"
-    """Of the model file. Small changes are lost in 16 bits: the report tells how much."""
+    dtype: Dtype = "auto"
+    """Of the model file; `auto` is that of the base's. Small changes are lost in 16 bits: the report tells how much."""
     seed: int = Field(default=0, ge=0)
     """Of methods that draw random numbers; each tensor has its own, from this seed and its name."""

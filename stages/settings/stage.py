@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -40,7 +41,7 @@ class Stage(Chosen):
     """How it is trained; docs/methods.md compares the methods."""
     layers: Annotated[Layers, BeforeValidator(check_layers)] = "all"
     """What is trained, all else being frozen: `all`, `5`, `0-3,20-24`, `last 6`, a list of numbers, or one of these for
-    each group (`attention`, `mlp`, its `experts` and `router`, `norms`, `embeddings`) or module name."""
+    each group (`attention`, `mixer`, `mlp`, its `experts` and `router`, `norms`, `embeddings`) or module name."""
 
     def check(self, name: str, base: Base, stages: dict[str, Stage], num_layers: int | None) -> None:
         """Refuse what the method cannot do with this base, or beside these stages.
@@ -126,6 +127,13 @@ class Training(Stage, ABC):
         Raises:
             MistakeError: as `check`.
         """
+
+    def trained(self, config: PeftConfig, modules: list[str]) -> list[str]:
+        """Those of `modules` that the configuration, which `adapter_config` just gave, has something to train in."""
+        pattern = getattr(config, "target_modules", None)  # a list is one of no modules
+        owners = {name.rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
+        named = [path for path in modules if isinstance(pattern, str) and re.fullmatch(pattern, path)]
+        return [path for path in modules if path in owners.union(named)]
 
     def started(self, model: PeftModel) -> None:
         """Called once with the wrapped model, before anything is frozen in a lower precision."""

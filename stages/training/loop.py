@@ -137,7 +137,8 @@ class Run:
         total = torch.zeros(1, device=self.accelerator.device)
         for piece, share in [(piece, 1) for piece in mine] + [(pieces[0], 0)] * idle:
             loss = self.loss(piece) * share / learned
-            self.accelerator.backward(loss)
+            if loss.requires_grad:  # nothing that is trained has a part in it, such as experts that no token goes to
+                self.accelerator.backward(loss)
             total += loss.detach()
         if not self._is_checked:
             self._tell_unreached()
@@ -151,14 +152,18 @@ class Run:
     def _tell_unreached(self) -> None:
         """Warn of adapters that no gradient reaches in any layer, since the model goes past them: they stay at zero.
 
+        Not of those of experts, which the router may choose in a later step.
+
         Raises:
             MistakeError: one starts from the weight, which it took its start off.
         """
         self._is_checked = True
         reached: dict[str, bool] = {}
         for name, parameter in self.trained.items():
-            if COPY not in name:  # a weight that a model does not use is no worse for being trained
-                kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(PREFIX).partition(".lora_")[0])
+            path = name.partition(".lora_")[0]
+            are_experts = getattr(self.model.get_submodule(path), "num_experts", 1) > 1 if path != name else False
+            if COPY not in name and not are_experts:  # a weight that a model does not use is no worse for being trained
+                kind = re.sub(r"\.\d+\.", ".*.", path.removeprefix(PREFIX))
                 reached[kind] = reached.get(kind, False) or parameter.grad is not None
         if missed := [kind for kind, is_reached in reached.items() if not is_reached]:
             found = f"{', '.join(missed)} of {self.model.config.model_type} learns nothing by method"

@@ -16,7 +16,7 @@ import torch
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, read_record
 from stages.models.architecture import Architecture
-from stages.models.names import REST, Piece, assemble, weight_files, whole_shape
+from stages.models.names import Piece, assemble, full_name, weight_files, whole_shape
 from stages.weights.adapter import Adapter, Tensors
 from stages.weights.tensor_file import Specification, TensorFile, size
 
@@ -53,16 +53,25 @@ class Checkpoint:
         """
         pieces = self.architecture.pieces
         named = {piece for parts in pieces.values() for piece, _ in parts}
+        own = self._where.keys() - named - {*self.copies.values()}
         modules: dict[str, list[str]] = {}
-        for name in sorted((self._where.keys() - named) | {name for name in pieces if self._holds(name)}):
+        for name in sorted(own | {name for name in pieces if self._holds(name)}):
             module, _, parameter = name.rpartition(".")
             modules.setdefault(module, []).append(parameter)
         return modules
 
     @cached_property
     def beside(self) -> set[str]:
-        """Names of what is no part of the text model, such as a vision tower; it is carried over in its own dtype."""
-        return {name for name, file in self._where.items() if file.path.name == REST}
+        """Names of what is no weight of the text model, such as a vision tower; it is carried over in its own dtype."""
+        modules, pieces = self.architecture.modules.items(), self.architecture.pieces.values()
+        known = {full_name(path, name) for path, module in modules for name in module.parameters}
+        return self._where.keys() - known - {piece for parts in pieces for piece, _ in parts}
+
+    @cached_property
+    def copies(self) -> dict[str, str]:
+        """Tied parameters that the base's file holds all the same, with their names there; they are not read."""
+        names = [] if self._like else self.architecture.copies
+        return {name: self.architecture.pieces.get(name, [(name, [])])[0][0] for name in names}
 
     @cached_property
     def dtype(self) -> str:
@@ -76,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Modules that are not stored because they share a weight, such as `{"lm_head": "model.embed_tokens"}`."""
+        """Modules with no weight of their own because they share one, such as `{"lm_head": "model.embed_tokens"}`."""
         pairs = self.architecture.tied.items()
         return {head.rpartition(".")[0]: source.rpartition(".")[0] for head, source in pairs if not self._holds(head)}
 
@@ -128,8 +137,9 @@ class Checkpoint:
         return whole_shape(shape, pieces), dtype
 
     def _holds(self, name: str) -> bool:
-        """Whether the file has all pieces of a parameter."""
-        return all(piece in self._where for piece, _ in self.architecture.pieces.get(name, [(name, [])]))
+        """Whether the file has all pieces of a parameter, and they are no copies of another one's."""
+        pieces = self.architecture.pieces.get(name, [(name, [])])
+        return name not in self.copies and bool(pieces) and all(piece in self._where for piece, _ in pieces)
 
     def parameters(self, path: str) -> list[str]:
         """Names of the parameters of module `path`, such as `["weight"]`."""
@@ -137,7 +147,7 @@ class Checkpoint:
 
     def module(self, path: str) -> Tensors:
         """Parameters of module `path`, in float32."""
-        return {parameter: self.stored(f"{path}.{parameter}").float() for parameter in self.parameters(path)}
+        return {parameter: self.stored(full_name(path, parameter)).float() for parameter in self.parameters(path)}
 
     def changed(self) -> list[str]:
         """Modules that differ from the file's: none here, a stage's lineage in a virtual checkpoint."""

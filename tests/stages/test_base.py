@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stages import base
+from stages import base, merge
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
+from stages.merging.merged import Merged
 from stages.models.loading import compute_dtype, load_model
 from stages.models.room import add_adapters, add_neurons
 from stages.models.source import locate
 from stages.settings.base import Base
-from stages.weights.checkpoint import open_base
-from tests.conftest import COMMON, PARAMS, make_base, make_tokenizer
+from stages.settings.merge import Merge
+from stages.weights.checkpoint import Checkpoint, open_base, open_stages
+from stages.weights.tensor_file import DTYPES
+from tests.conftest import COMMON, PARAMS, make_base, make_stage, make_tokenizer
 from tests.stages.models.test_every_architecture import TINY, build
 
 
@@ -30,23 +34,87 @@ def use(model, dtype="float32"):
     Path("params.yaml").write_text(text.replace("dtype: float32", f"dtype: {dtype}", 1))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_local_folder_keeps_its_weights(project, dtype):
-    use("model", dtype)
+def merge_one(layers="1", method="lora"):
+    """A stage on the base, merged with all else left to the defaults."""
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    make_stage("one", plain, method, layers)
+    Path("merged").mkdir()
+    merge.write(Merged(*open_stages(["one"]), Merge(weights={"one": 1.0})), Path("merged"), {})
+    return load_file("merged/model.safetensors")
+
+
+def same(found, truth):
+    return found.dtype == truth.dtype and torch.equal(found, truth)
+
+
+@pytest.mark.parametrize("room", ["", "\n  extra_neurons: 64"], ids=["as it is", "with room"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_a_local_folder_keeps_its_weights_and_so_does_the_merge(project, stored, computed, room):
+    AutoModelForCausalLM.from_pretrained("model", dtype=getattr(torch, stored)).save_pretrained("model")
+    config = read_json(Path("model/config.json")) | {"of_the_base": [1]}
+    config["torch_dtype"] = config.pop("dtype")  # as older ones have it
+    write_json(Path("model/config.json"), config)
+    use("model", computed + room)
     base.main()
+    record = read_json(BASE / "stage.json")
+    assert (record["layers"], record["dtype"]) == (4, computed)
+    assert DTYPES[Checkpoint(BASE, "base").dtype] == getattr(torch, stored)
     before, after = load_file("model/model.safetensors"), load_file(BASE / "model.safetensors")
     assert set(before) == set(after)
-    assert all(torch.equal(after[name], weight.to(getattr(torch, dtype))) for name, weight in before.items())
-    assert read_json(BASE / "stage.json")["layers"] == 4
+    kept = {name for name in before if not room or ".mlp." not in name}
+    assert all(same(after[name], before[name]) for name in kept)
+    found = merge_one()
+    assert found.keys() == before.keys()
+    assert all(same(found[name], before[name]) == (".1." not in name or "norm" in name) for name in kept)
+    assert {weights.dtype for weights in found.values()} == {getattr(torch, stored)}
+    if not room:
+        assert read_json(Path("merged/config.json")) == config
+
+
+def test_a_file_with_the_head_alone_of_a_tied_pair_is_read(project):
+    make_base("llama-tied")
+    tensors = load_file(BASE / "model.safetensors")
+    shutil.copy(BASE / "config.json", "model")
+    shutil.rmtree(BASE)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, "model/model.safetensors", {"format": "pt"})
+    base.main()
+    found = merge_one({"embed_tokens": "all"}, "full")
+    assert same(found["lm_head.weight"], tensors["lm_head.weight"])
+    assert not torch.equal(found["model.embed_tokens.weight"], tensors["lm_head.weight"])
+
+
+def test_a_copy_of_a_tied_head_stays_in_the_file(project):
+    make_base("llama-tied")
+    tensors = load_file(BASE / "model.safetensors")
+    shutil.copy(BASE / "config.json", "model")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, "model/model.safetensors", {"format": "pt"})
+    shutil.rmtree(BASE)
+    base.main()
+    found = merge_one()
+    assert found.keys() == (tensors | head).keys()
+    assert all(same(found[name], head[name]) for name in head)
+    shutil.rmtree("merged")
+    shutil.rmtree("checkpoints/one")
+    found = merge_one({"embed_tokens": "all"}, "full")
+    loaded = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    assert found.keys() == (tensors | head).keys() and all(same(found[name], head[name]) for name in head)
+    assert not torch.equal(loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight)
+    assert torch.equal(loaded.get_output_embeddings().weight, *head.values())
 
 
 def test_a_sharded_folder_is_read(project):
     AutoModelForCausalLM.from_pretrained("model").save_pretrained("shards", max_shard_size="20KB")
     AutoTokenizer.from_pretrained("model").save_pretrained("shards")
     assert len(list(Path("shards").glob("*.safetensors"))) > 1
+    (Path("shards") / "old.safetensors").write_bytes(b"no weights of the model")
     use("shards")
     base.main()
-    assert set(load_file(BASE / "model.safetensors")) == set(load_file("model/model.safetensors"))
+    truth, found = load_file("model/model.safetensors"), Checkpoint(BASE, "base")
+    assert set(found.stored_names) == set(truth) and not (BASE / "old.safetensors").exists()
+    assert all(torch.equal(found.stored(name), weights) for name, weights in truth.items())
 
 
 TURNS = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
@@ -121,9 +189,12 @@ def test_a_quantised_model_is_one_sentence(project, key, config, method):
     assert not BASE.exists()
 
 
-def test_a_model_of_another_type_is_refused_by_its_name(project):
-    AutoConfig.for_model("llava").save_pretrained("model")
-    with pytest.raises(MistakeError, match=r"^params.yaml: base.model 'model' is of type llava, of which transformers"):
+@pytest.mark.parametrize("kind", ["clip", "t5", "florence2"])  # the last reads by an encoder
+def test_a_model_of_another_type_is_refused_by_its_name(project, kind):
+    AutoConfig.for_model(kind).save_pretrained("model")
+    with pytest.raises(
+        MistakeError, match=f"^params.yaml: base.model 'model' is of type {kind}, of which transformers"
+    ):
         base.main()
     assert not BASE.exists()
 
@@ -133,11 +204,12 @@ def test_a_model_of_another_type_is_refused_by_its_name(project):
     ("kind", "sentence"),
     [
         ("reformer", r"base.model 'model' makes no logits of tokens alone to be trained by \(no gradient comes"),
+        ("bert", r"base.model 'model' makes no logits .* \(each depends on the tokens that come after its own\)"),
         ("zamba", r"stages.sums.layers names model.layers.0.shared_transf.* weights in common with model.layers.2"),
     ],
 )
 def test_a_model_whose_layers_are_not_its_own_to_train_is_told_before_training(project, kind, sentence):
-    build(kind, TINY | {"num_hidden_layers": 3}).save_pretrained("model")
+    build(kind, TINY | {"num_hidden_layers": 3, "is_decoder": kind != "bert"}).save_pretrained("model")
     with pytest.raises(MistakeError, match=f"^params.yaml: {sentence}"):
         base.main()
     assert not BASE.exists()

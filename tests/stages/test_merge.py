@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from analysis.changes.deltas import measure
 from stages import merge as merge_stage
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
@@ -64,6 +65,17 @@ def test_numbers_that_float16_does_not_have_are_refused(layer):
     assert not Path("merged/model.safetensors").exists()
     found = merged(weights={"one": 1.0}, dtype="bfloat16")
     assert all(weight.isfinite().all() for weight in found.values())
+
+
+def test_a_tensor_that_lies_in_no_module_is_carried_over():
+    make_base("llama-untied")
+    make_stage("one", load_base(), "lora", "1")
+    scale = {"logit_scale": torch.tensor(2.5)}
+    save_file(load_file(BASE / "model.safetensors") | scale, BASE / "model.safetensors", {"format": "pt"})
+    assert torch.equal(merged(weights={"one": 1.0}, dtype="float32")["logit_scale"], scale["logit_scale"])
+    checkpoint, stages = open_stages(["one"])
+    exact = Merged(checkpoint, stages, Merge(weights={"one": 1.0}, dtype="float32"))
+    assert measure(stages, exact, open_model("merged")).untouched_max == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

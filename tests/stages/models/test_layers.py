@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.errors import MistakeError
 from stages.files import BASE
 from stages.methods import METHODS
-from stages.models.architecture import exactly
+from stages.models.architecture import exactly, layer_stack, place
 from stages.models.layers import linear_modules, norm_modules, select
 from stages.settings.ranges import parse
 from tests.conftest import ARCHITECTURES, make_base
-from tests.stages.models.test_every_architecture import TINY
+from tests.stages.models.test_every_architecture import OF_TYPE, TINY
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,50 @@ def test_experts_and_routers_are_groups_of_the_mlp(kind):
     assert set(select(model, {"mlp": "1"})) == both
     with pytest.raises(MistakeError, match="layers names 'experts', which no module of the model is called"):
         select(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)), {"experts": "all"})
+
+
+MAMBA = {"in_proj", "out_proj", "conv1d"}
+HYBRIDS = {
+    "falcon_h1": {
+        "attention": {f"self_attn.{each}_proj" for each in "qkvo"},
+        "mixer": {"mamba", *(f"mamba.{each}" for each in MAMBA)},
+        "mlp": {f"feed_forward.{each}_proj" for each in ("gate", "up", "down")},
+    },
+    "recurrent_gemma": {
+        "attention": {f"temporal_block.{each}_proj" for each in "qkvo"},
+        "mixer": {f"temporal_block.{each}" for each in ("linear_x", "linear_y", "linear_out", "conv_1d", "rg_lru")},
+        "mlp": {f"mlp_block.{each}_proj" for each in ("gate", "up", "down")},
+    },
+    "nemotron_h": {
+        "attention": {f"mixer.{each}_proj" for each in "qkvo"},
+        "mixer": {"mixer", *(f"mixer.{each}" for each in MAMBA)},
+        "experts": {"mixer.experts", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"},
+        "router": {"mixer.gate"},
+    },
+    "lfm2_moe": {
+        "attention": {*(f"self_attn.{each}_proj" for each in "qkv"), "self_attn.out_proj"},
+        "mixer": {"conv.conv", "conv.in_proj", "conv.out_proj"},
+        "router": {"feed_forward.gate"},
+    },
+    "doge": {"router": {"mlp.router_gate"}},
+    "gemma3n_text": {"mlp": {f"mlp.{each}_proj" for each in ("gate", "up", "down")}},
+    "jetmoe": {"experts": {"mlp.input_linear", "mlp.output_linear"}, "router": {"mlp.router.layer"}},
+}
+LAYERS_OF = {
+    "doge": {"is_moe": True},
+    "lfm2_moe": OF_TYPE["lfm2_moe"],
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_groups_of_hybrids_are_what_their_modules_do(kind):
+    with torch.device("meta"):
+        keys = TINY | {"head_dim": 8, "num_hidden_layers": 3}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys | LAYERS_OF.get(kind, {})))
+    for group, kinds in HYBRIDS[kind].items():
+        assert {place(path, layer_stack(model))[1] for path in select(model, {group: "all"})} == kinds, group
 
 
 def test_the_regex_matches_nothing_else():

@@ -21,7 +21,8 @@ from stages.training.batches import Source
 from stages.training.launch import TORCHRUN
 from stages.training.loop import Run, is_stale
 from stages.training.model import put_on
-from tests.conftest import ROOT, kill_once_saved, make_base
+from tests.conftest import ROOT, kill_once_saved, make_base, make_tokenizer
+from tests.stages.models.test_every_architecture import ATTEMPTS, build
 from tests.stages.test_train import make_examples, make_stage, prepare, write
 
 
@@ -49,6 +50,26 @@ def test_negative_weights_count_by_their_size():
     losses = cross_entropy(plain(torch.tensor([[1, 2, 3]])).logits[0], torch.tensor([2, 3, 4]), reduction="none")
     run = Run(put_on(stage, plain, torch.float32), stage, Accelerator())
     assert run.together([[example]]) == pytest.approx(float((losses[0] - 0.5 * losses[1]) / 1.5), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the logits of")
+@pytest.mark.parametrize("surgery", [None, "upgrad"])
+def test_experts_that_no_token_goes_to_stay_as_they_are_and_go_on_when_one_does(recwarn, surgery):
+    build("longcat_flash", ATTEMPTS[2] | {"zero_expert_num": 4}).save_pretrained(BASE)
+    make_tokenizer().save_pretrained(BASE)
+    stage = make_stage(layers={"mlp.experts": "all"}, surgery=surgery)
+    wrapped = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    biases = [values for name, values in wrapped.named_buffers() if name.endswith("e_score_correction_bias")]
+    run, groups = Run(wrapped, stage, Accelerator(cpu=True)), [make_examples(2), make_examples(4)[2:]]
+    before = {name: p.detach().clone() for name, p in run.trained.items()}
+    for bias in biases:
+        bias[4:] = 10.0  # the experts that give back what they get are the last four
+    assert run.step(groups, 0)["gradient_norm"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in run.trained.items())
+    for bias in biases:
+        bias[4:] = -10.0
+    assert run.step(groups, 1)["gradient_norm"] > 0
+    assert not [each for each in recwarn if "learns nothing" in str(each.message)]
 
 
 @pytest.mark.parametrize("chunk", [512, 7])
