@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -25,6 +24,7 @@ from stages.models.source import (
     files_of,
     forget_quantisation,
     locate,
+    read_config,
     refuse_speechless,
     refuse_unfit,
     refuse_unsound,
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         refuse_unfit(settings.model, source)
         is_gguf = "gguf_file" in source  # which is a text model always, and slow to read
-        kind = AutoModelForCausalLM if is_gguf else auto_class(AutoConfig.from_pretrained(**source))
+        kind = AutoModelForCausalLM if is_gguf else auto_class(read_config(source))
         loaded: Any = kind.from_pretrained(
             dtype="auto" if any(room.values()) and files_of(source) else dtype,
             trust_remote_code=False,

@@ -120,7 +120,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte up to 127; token 0 ends the text."""
     vocabulary = {"<end>": 0} | {chr(i): i for i in range(1, 128)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 

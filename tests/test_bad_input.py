@@ -4,6 +4,7 @@ or a file outside the outputs.
 Each property is tried on a few inputs here, and all of them together on 10,000 with `-m exhaustive`.
 """
 
+import ast
 import copy
 import gzip
 import json
@@ -30,7 +31,7 @@ from stages.project.check import load_checked
 from stages.project.params import Params
 from stages.records.sources import SOURCES
 from stages.weights.tensor_file import TensorFile
-from tests.conftest import PARAMS, make_base
+from tests.conftest import PARAMS, ROOT, make_base
 
 EXAMPLES = pytest.mark.parametrize(
     "examples", [25, pytest.param(2500, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
@@ -242,6 +243,17 @@ FOREIGN = {
     "no type": {"auto_map": AUTO, "model_type": None},
     "another repository": {"auto_map": {name: f"owner/evil--{place}" for name, place in AUTO.items()}},
 }
+
+
+def test_nothing_is_loaded_that_could_bring_code_with_it():
+    files = [path for folder in ("stages", "analysis", "tools") for path in (ROOT / folder).rglob("*.py")]
+    calls = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    loads = [
+        ast.unparse(call) for call in calls if getattr(call.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    loads = [load for load in loads if not load.startswith("PeftConfig")]
+    assert len(loads) > 10
+    assert [load for load in loads if "trust_remote_code" not in load and "**settings" not in load] == []
 
 
 @pytest.mark.parametrize("case", FOREIGN)

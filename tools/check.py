@@ -38,7 +38,7 @@ def main() -> None:
     if BASE.is_dir() and made:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(BASE)
+        tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False)
         stops = read_json(BASE / "generation_config.json")["eos_token_id"]
         for name in made:
             record = next((record for record in load_split(name, "eval") if answer(record) is not None), None)

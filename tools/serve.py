@@ -3,6 +3,7 @@
 The server is transformers' own (`transformers serve`); what it may load is what params.yaml names.
 """
 
+import socket
 from argparse import ArgumentParser
 from functools import cache
 from typing import Any
@@ -38,6 +39,12 @@ def main(port: int) -> None:
         from transformers.cli.serving.utils import GenerationState
     except ImportError:
         raise MistakeError("strata serve needs the extra of that name; run uv sync --extra serve") from None
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as error:
+            raise MistakeError(f"port {port} of {HOST} is not free ({error}); name another by --port") from None
     names = ["base", *settings.stages, "merged"]
 
     class Models(ModelManager):

@@ -53,7 +53,7 @@ def main(name: str, count: int) -> None:
         raise MistakeError(f"{BASE} is missing, and with it the tokenizer; run dvc repro base")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False)
     if name in settings.selections or name not in datasets_to_make(settings):
         records, report = _made(name, count)
     else:

@@ -220,9 +220,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        return auto_class(config).from_config(config)
+        return auto_class(config).from_config(config, trust_remote_code=False)
 
 
 def auto_class(config: PretrainedConfig) -> Any:

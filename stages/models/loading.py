@@ -48,14 +48,14 @@ def load_model(
     `attention` is transformers' name of an implementation; without one it is the model's own choice.
     """
     changed, base = checkpoint.changed(), checkpoint.base
-    config = AutoConfig.from_pretrained(base.folder)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV would scale its weights in place whenever it is asked, and back in training
     if base.untied_by(changed):
         for each in (config, config.get_text_config(decoder=True)):
             each.tie_word_embeddings = False
-    loader = auto_class(config)
-    model: Any = loader.from_pretrained(base.folder, config=config, dtype=dtype, attn_implementation=attention)
+    settings = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    model: Any = auto_class(config).from_pretrained(base.folder, config=config, **settings)
     model.to(place)
     set_weights(model, checkpoint, changed)
     return model.eval()
@@ -75,9 +75,9 @@ def load_tokenizer(folder: Path = BASE) -> PreTrainedTokenizerBase:
 
     Its `rows` are the tokens that the embedding has too, and `turns` refuses a record that needs others.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
     tokenizer.rows = min(getattr(config, "vocab_size", len(tokenizer)), len(tokenizer))
     return tokenizer

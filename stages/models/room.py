@@ -27,7 +27,7 @@ def add_biases(model: PreTrainedModel) -> PreTrainedModel:
         )
     for flag in flags:
         setattr(config, flag, True)
-    biased = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    biased = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     missing, _ = biased.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         for name in missing:
@@ -49,7 +49,7 @@ def add_neurons(model: PreTrainedModel, count: int) -> PreTrainedModel:
         raise MistakeError(f"{told} has no setting for the width of its MLPs; remove the key")
     setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", width + count)
     config.extra_neurons = count
-    widened = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    widened = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     before = model.state_dict()
     with torch.no_grad():
         for name, weights in widened.state_dict().items():

@@ -99,9 +99,14 @@ def files_of(source: dict[str, Any]) -> Path | None:
     return Path(str(cached_file(name, CONFIG_NAME, revision=revision))).parent
 
 
+def read_config(source: dict[str, Any]) -> PreTrainedConfig:
+    """The config of what `locate` found, by transformers' own code."""
+    return AutoConfig.from_pretrained(trust_remote_code=False, **source)
+
+
 def whole_config(model: PreTrainedModel, folder: Path) -> PreTrainedConfig:
     """The config of a folder, with the model's own in the place of that of the text, where the model is the text's."""
-    whole = AutoConfig.from_pretrained(folder)
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     texts = [key for key in whole.sub_configs if type(getattr(whole, key)) is type(model.config)]
     if not texts:
         return model.config
@@ -137,7 +142,7 @@ def refuse_unfit(name: str, source: dict[str, Any]) -> None:
     config, _ = PreTrainedConfig.get_config_dict(**source)
     kind = config.get("model_type")
     is_whole = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    is_decoder = is_whole and not AutoConfig.from_pretrained(**source).is_encoder_decoder
+    is_decoder = is_whole and not read_config(source).is_encoder_decoder
     if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_decoder:
         raise MistakeError(
             f"params.yaml: base.model {name!r} is of type {kind}, of which transformers has no causal language model;"

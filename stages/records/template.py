@@ -265,7 +265,7 @@ def check_template(record: Record, where: str) -> None:
 def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @lru_cache(maxsize=8)

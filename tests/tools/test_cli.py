@@ -26,6 +26,11 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         "checkpoints/sums holds no trained stage; run `dvc repro train@sums`",
     ),
     "provenance merged/model.safetensors": ("merged/model.safetensors is no safetensors file",) * 3,
+    "plan": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
+    "run": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
+    "watch": ("params.yaml is missing", *("no curve of any stage is there",) * 2),
+    "chat": ("params.yaml is missing", "checkpoints/base is missing", "merged holds no merged model"),
+    "serve --port 1": ("params.yaml is missing", "checkpoints/base is missing", "port 1 of 127.0.0.1 is not free"),
     "docs": ("docs/methods.md is missing",) * 3,  # of the three a clone alone has them
     "serach": ("strata has no command 'serach'; did you mean search?",) * 3,
 }

@@ -97,7 +97,7 @@ def _stage(method: str, **keys: Any) -> Training:
 
 def _model(kind: str, method: str) -> PreTrainedModel:
     """A model of one layer, with the room that a method asks of the base."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LAYER))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LAYER), trust_remote_code=False)
     if method == "bottleneck":
         return add_neurons(model, 64)
     if method == "houlsby":

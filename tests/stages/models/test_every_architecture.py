@@ -331,7 +331,7 @@ def open_by_peft(merged, ids, truth):
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
-        base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        base = auto_class(AutoConfig.from_pretrained(BASE)).from_pretrained(BASE, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, MERGED / "adapter").eval()
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, rtol=0, atol=1e-3), "merged/adapter"
