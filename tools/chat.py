@@ -88,6 +88,7 @@ class Chat:
 
     def __init__(self, settings: Params, max_new_tokens: int) -> None:
         check_against_base(settings)
+        open_model("base")  # a sentence where there is none yet
         self.known = ["base", *settings.stages, "merged"]
         self.bounds = settings.evaluate.model_copy(update={"max_new_tokens": max_new_tokens})
         self.tokenizer, self.loaded = load_tokenizer(), dict[str, PreTrainedModel]()

@@ -31,6 +31,7 @@ def main(port: int) -> None:
     """
     settings = load_params()
     check_against_base(settings)
+    open_model("base")  # a sentence where there is none yet
     try:
         import uvicorn
         from fastapi import HTTPException
@@ -43,8 +44,8 @@ def main(port: int) -> None:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             tried.bind((HOST, port))
-        except OSError as error:
-            raise MistakeError(f"port {port} of {HOST} is not free ({error}); name another by --port") from None
+        except (OSError, OverflowError) as error:
+            raise MistakeError(f"port {port} of {HOST} cannot be had ({error}); name another by --port") from None
     names = ["base", *settings.stages, "merged"]
 
     class Models(ModelManager):

@@ -29,8 +29,16 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
     "plan": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
     "run": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
     "watch": ("params.yaml is missing", *("no curve of any stage is there",) * 2),
-    "chat": ("params.yaml is missing", "checkpoints/base is missing", "merged holds no merged model"),
-    "serve --port 1": ("params.yaml is missing", "checkpoints/base is missing", "port 1 of 127.0.0.1 is not free"),
+    "chat": (
+        "params.yaml is missing",
+        "checkpoints/base holds no .safetensors file; run `dvc repro`",
+        "merged holds no merged model",
+    ),
+    "serve --port 70000": (
+        "params.yaml is missing",
+        "checkpoints/base holds no .safetensors file",
+        "port 70000 of 127.0.0.1 cannot be had",
+    ),
     "docs": ("docs/methods.md is missing",) * 3,  # of the three a clone alone has them
     "serach": ("strata has no command 'serach'; did you mean search?",) * 3,
 }
