@@ -18,6 +18,7 @@ COMMANDS = {
     "answers": "what the models answer to the questions of a skill, side by side",
     "chat": "a chat with base, stages and the merged model, one or several side by side",
     "serve": "the same models under OpenAI's interface on 127.0.0.1",
+    "experiments": "all experiments side by side, as a table and a page",
     "compare": "what sets any models apart, layer by layer",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",
@@ -44,7 +45,7 @@ def main() -> None:
 
 def overview() -> str:
     """All commands, a line each."""
-    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     return "\n".join(["usage: strata COMMAND …", "", *lines, "", "`strata COMMAND --help` tells more of one."])
 
 

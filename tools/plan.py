@@ -258,17 +258,18 @@ def _changed_params(dep: Any) -> Iterator[Reason]:
     """Each key that has another value than in the lock file, and both values."""
     before, now = dep.hash_info.value or {}, dep.read_params()
     for key in dep.params:
-        for text in _differences(key, before.get(key), now.get(key)):
+        for text in differences(key, before.get(key), now.get(key)):
             changes = str(dep) == str(PARAMS) and key.partition(".")[0] not in FORGIVING
             yield Reason(text, changes)
 
 
-def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+def differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    """Each key below `key` that has another value now, with both values."""
     if before == now:
         return
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*before, *(name for name in now if name not in before)]:
-            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
+            yield from differences(f"{key}.{name}" if key else name, before.get(name), now.get(name))
     elif isinstance(before, list) and isinstance(now, list):
         gone, come = ([each for each in some if each not in others] for some, others in ((before, now), (now, before)))
         yield f"{key.rpartition('.')[2]}: {_value(gone)} → {_value(come)}"

@@ -167,10 +167,10 @@ def test_an_answer_may_be_longer_than_its_reference(scorer):
 
 def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
     model, tokenizer = make_model()
-    said = greedy(model, tokenizer, {"prompt": "<aaa>", "completion": "z"}, 6).split()  # a token is a character
+    said = greedy(model, tokenizer, {"prompt": "<aaa>", "completion": "z"}, 6)  # a token is a character
     tokenizer.chat_template = (
         f"{{% for m in messages %}}{{% if m.role == 'user' %}}<{{{{ m.content }}}}>{{% else %}}{said[0]}{said[1]}"
         "{{ m.content }}<end>{% endif %}{% endfor %}"
     )
     (answer,) = scoring.generate(model, tokenizer, [{"prompt": "aaa", "completion": "z"}], Evaluate(max_new_tokens=6))
-    assert answer == (" ".join(said[2:]), "cut") and len(said) > 2
+    assert answer == (said[2:], "cut") and len(said) > 2
