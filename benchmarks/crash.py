@@ -47,7 +47,15 @@ from tests.stages.methods.test_matrix import ROWS
 
 ROOM = {"bitfit": {"add_biases": True}, "bottleneck": {"extra_neurons": 12}, "houlsby": {"adapter_size": 12}}
 FOLDERS = ("checkpoints", "data", "picked", "merged", "reports", ".")
-DVCS_OWN = (".git", ".dvc/cache", ".dvc/tmp/btime", ".dvc/tmp/lock", ".dvc/tmp/rwlock", ".dvc/tmp/rwlock.lock")
+DVCS_OWN = (
+    ".git",
+    ".dvc/cache",
+    ".dvc/tmp/times.jsonl",
+    ".dvc/tmp/btime",
+    ".dvc/tmp/lock",
+    ".dvc/tmp/rwlock",
+    ".dvc/tmp/rwlock.lock",
+)
 
 Files = dict[str, str]  # hash by path
 
