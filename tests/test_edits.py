@@ -99,7 +99,7 @@ def param(before, after):
 def pin(package):
     def edit():
         path = Path("pyproject.toml")
-        text, count = re.subn(rf'("{re.escape(package)}(\[\w+\])?==)', r"\g<1>9", path.read_text())
+        text, count = re.subn(rf'("{re.escape(package)}(\[\w+\])?==)', r"\g<1>9", path.read_text(), count=1)
         assert count == 1
         path.write_text(text)
 

@@ -22,7 +22,7 @@ from tools.terminal import duration, size
 
 RUNS, CACHED, PERHAPS = "runs", "cached", "perhaps"
 TITLES = {RUNS: "Will run", CACHED: "Comes from the cache", PERHAPS: "Perhaps: if what they read becomes another"}
-FORGIVING = {"evaluate", "threads"}  # sections that may change a result, and need not
+FORGIVING = {"evaluate", "threads", "score"}  # sections and keys that may change a result, and need not
 WIDTH = 40  # letters of a value that are shown
 
 
@@ -259,7 +259,8 @@ def _changed_params(dep: Any) -> Iterator[Reason]:
     before, now = dep.hash_info.value or {}, dep.read_params()
     for key in dep.params:
         for text in differences(key, before.get(key), now.get(key)):
-            changes = str(dep) == str(PARAMS) and key.partition(".")[0] not in FORGIVING
+            changed = text.partition(" ")[0].split(".")
+            changes = str(dep) == str(PARAMS) and not FORGIVING & {changed[0], changed[-1]}
             yield Reason(text, changes)
 
 
