@@ -1,8 +1,13 @@
 """The notebooks run from top to bottom, and what they show is of their own cells and of the default's results."""
 
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 
+import psutil
 import pytest
 
 from stages.errors import MistakeError
@@ -11,9 +16,10 @@ from stages.project import edit
 from tests.conftest import COMMON, PARAMS, ROOT, make_base
 from tests.forked import copy_repository
 
-nbformat = pytest.importorskip("nbformat")
+nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
 from notebooks import make  # noqa: E402
 
+COMMAND = re.compile(r"(?:(?<=`)|^)((?:pip|uv|git|-S)\b[^`\n]*)", re.MULTILINE)
 CHAT = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -62,6 +68,29 @@ def test_it_runs_from_top_to_bottom(default):
     assert not any(out.get("name") == "stderr" for cell in cells for out in cell.outputs)
 
 
+@pytest.mark.slow
+def test_interrupted_it_stops_what_it_started_and_says_so(project):
+    Path("params.yaml").write_text(PARAMS.replace("steps: 25", "steps: 5000"))
+    copy_repository(project)
+    cell = nbformat.v4.new_code_cell("from tools.notebook import run\nrun()")
+    client = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=[cell]), allow_errors=True)
+    started: list[psutil.Process] = []
+
+    def interrupt():
+        while not Path("reports/train/sums.curve.json").exists():
+            time.sleep(0.1)
+        time.sleep(3)
+        kernel = psutil.Process(client.km.provisioner.pid)
+        started.extend(kernel.children(recursive=True))
+        kernel.send_signal(signal.SIGINT)
+
+    client.on_cell_execute = lambda **_: Thread(target=interrupt).start()
+    client.execute()
+    assert cell.outputs[-1].traceback == ["error: stopped; run() goes on from where it was"]
+    assert "of 5000" in cell.outputs[0].data["text/plain"] and list(Path(".dvc/tmp/resume").iterdir())
+    assert len(started) > 1 and not any(process.is_running() for process in started)
+
+
 @pytest.mark.parametrize("language", make.NOTEBOOKS)
 def test_what_is_committed_is_of_this_source_and_these_results(language):
     notebook = nbformat.read(make.NOTEBOOKS[language], 4)
@@ -95,3 +124,10 @@ def test_a_mistake_is_told_and_not_written(project, key, value):
         edit.change(key, value)
     assert Path("params.yaml").read_text() == before
     assert mistake.value._render_traceback_() == [f"error: {mistake.value}"]
+
+
+def test_the_russian_readme_names_the_same_commands():
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ru.md")]
+    english, russian = ([line.partition("#")[0].strip() for line in COMMAND.findall(page)] for page in pages)
+    assert len(english) > 12
+    assert english == [line.replace(".ru.ipynb", ".ipynb") for line in russian]

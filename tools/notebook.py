@@ -36,9 +36,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # no bar here 
 
 def versions() -> None:
     """Print what everything runs on; the environment is a hash of every installed package and its version."""
-    installed = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()})
     named = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "dvc")]
     print(f"Python {sys.version.split()[0]}, {', '.join(named)}, {load_params().thread_count} threads")
+    installed = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()})
     print(f"environment {hashlib.sha256(' '.join(installed).encode()).hexdigest()[:16]}")
 
 
@@ -50,10 +50,10 @@ def plan() -> None:
 def run(jobs: int = 1) -> None:
     """`strata run` with bars, and the loss as it falls; interrupted, the next call goes on."""
     begun, (steps, _) = time.time(), tools.plan.plan()
-    bars, picture = (display({"text/plain": ""}, raw=True, display_id=True) for _ in range(2))
     command = [sys.executable, "-m", "tools.cli", "run", "-j", str(jobs)]
     with LOG.open("w") as log:  # in a session of its own, so that an interrupt reaches it once, from here
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    bars, picture = (display({"text/plain": ""}, raw=True, display_id=True) for _ in range(2))
     running, drawn = True, dict[str, Any]()
     try:
         while running:
@@ -66,9 +66,9 @@ def run(jobs: int = 1) -> None:
         os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise MistakeError("stopped; run() goes on from where it was") from None
-    *said, last = LOG.read_text(encoding="utf-8").splitlines()
+    said, _, last = LOG.read_text(encoding="utf-8").rstrip().rpartition("\n")
     if process.returncode:
-        print("\n".join(said))
+        print(said)
         raise MistakeError(last.removeprefix("error: "))
     print(last)
 
@@ -101,7 +101,7 @@ def show(picture: str, *names: str) -> None:
             svg = dvc.api.read(f"{REPORTS}/{picture}.svg", rev=name)
         except DvcException as error:
             raise MistakeError(f"there is no picture {picture!r} ({error}); run() makes it, keep() keeps it") from None
-        display(*[name] * bool(name), SVG(svg))
+        display(*([name] if name else []), SVG(svg))
 
 
 def ask(questions: list[str], *names: str) -> pd.DataFrame:
