@@ -22,12 +22,11 @@ from dvc.repo import Repo
 from IPython.display import SVG, display
 from tqdm import tqdm
 
-import tools.plan
 from analysis.telling.figures import loss_curves
 from stages.errors import MistakeError
 from stages.files import REPORTS
 from stages.project.params import load_params
-from tools.plan import CACHED, Step
+from tools import plan as planning
 from tools.watch import path
 
 LOG, BAR = Path(".dvc/tmp/notebook.log"), "{desc:<22}|{bar}| {n_fmt} of {total_fmt}"
@@ -44,12 +43,12 @@ def versions() -> None:
 
 def plan() -> None:
     """`strata plan`."""
-    tools.plan.main(as_json=False)
+    planning.main(as_json=False)
 
 
 def run(jobs: int = 1) -> None:
     """`strata run` with bars, and the loss as it falls; interrupted, the next call goes on."""
-    begun, (steps, _) = time.time(), tools.plan.plan()
+    begun, (steps, _) = time.time(), planning.plan()
     command = [sys.executable, "-m", "tools.cli", "run", "-j", str(jobs)]
     with LOG.open("w") as log:  # in a session of its own, so that an interrupt reaches it once, from here
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -73,10 +72,10 @@ def run(jobs: int = 1) -> None:
     print(last)
 
 
-def _look(steps: list[Step], begun: float) -> tuple[str, dict[str, Any]]:
+def _look(steps: list[planning.Step], begun: float) -> tuple[str, dict[str, Any]]:
     """What is done, as bars and by what `strata run` said of stages that ended; and the losses written so far."""
     ended = re.findall(r"^\S+ │ (?:done in .+|failed)$", LOG.read_text(encoding="utf-8"), re.MULTILINE)
-    training = {step.stage for step in steps if step.fate != CACHED}
+    training = {step.stage for step in steps if step.fate != planning.CACHED}
     bars, curves = [("all stages", len(ended), len(steps))], {}
     for name, stage in load_params().stages.items():
         with suppress(FileNotFoundError):  # or dvc removed the last run's
@@ -118,4 +117,4 @@ def ask(questions: list[str], *names: str) -> pd.DataFrame:
             with redirect_stdout(io.StringIO()):
                 chat.ask(question)
             answers.setdefault(name, []).append(chat.said[name][-1]["content"])
-    return pd.DataFrame(answers, index=questions)
+    return pd.DataFrame(answers, index=[" ".join(question.split()) for question in questions])

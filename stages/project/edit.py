@@ -23,8 +23,10 @@ yaml.preserve_quotes, yaml.width = True, 4096
 
 def stages() -> pd.DataFrame:
     """The stages, a row each; what a stage does not name is empty."""
-    rows = {name: pd.Series(dict(stage), dtype=object) for name, stage in _content()["stages"].items()}
-    return pd.DataFrame(rows).T.fillna("")
+    found = _content()["stages"]
+    keys = dict.fromkeys(key for stage in found.values() for key in stage)
+    rows = [[stage.get(key, "") for key in keys] for stage in found.values()]
+    return pd.DataFrame(rows, list(found), list(keys), dtype=object)
 
 
 def write(table: pd.DataFrame) -> None:
