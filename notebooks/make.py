@@ -67,9 +67,22 @@ def execute(notebook: NotebookNode, folder: Path = Path()) -> NotebookNode:
 
     resources = {"metadata": {"path": str(folder)}}
     told = {"on_cell_execute": begin, "on_cell_executed": tell}
-    NotebookClient(notebook, record_timing=False, coalesce_streams=True, resources=resources, **told).execute()
+    NotebookClient(notebook, record_timing=False, resources=resources, **told).execute()
+    for cell in code(notebook):
+        cell.outputs = joined(cell.outputs)
     notebook.metadata.results = results(folder)
     return notebook
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with printed text that follows printed text put together; nbclient's own way would move it up."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def results(folder: Path = Path()) -> dict[str, str]:

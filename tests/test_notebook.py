@@ -62,6 +62,8 @@ def test_it_runs_from_top_to_bottom(default):
     assert "+     layers: 24-29" in said[8] and "Will run, 10 of 24:" in said[8]
     assert "layers 18-29 → 24-29" in said[8]
     assert "train@reversal │ done in" in said[9] and "steps of reversal" in said[9]
+    kinds = [out.output_type for out in cells[10].outputs]
+    assert kinds == ["stream", "display_data", "display_data", "stream", "display_data", "stream", "display_data"]
     assert "steps of" not in said[10]  # the training of before came from the cache
     assert Path("params.yaml").read_text() == before
     assert notebook.metadata.results == make.results()

@@ -13,7 +13,6 @@ import warnings
 from contextlib import redirect_stdout, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import dvc.api
 import pandas as pd
@@ -53,7 +52,7 @@ def run(jobs: int = 1) -> None:
     with LOG.open("w") as log:  # in a session of its own, so that an interrupt reaches it once, from here
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     bars, picture = (display({"text/plain": ""}, raw=True, display_id=True) for _ in range(2))
-    running, drawn = True, dict[str, Any]()
+    running, drawn = True, dict[str, list]()
     try:
         while running:
             time.sleep(1)
@@ -72,7 +71,7 @@ def run(jobs: int = 1) -> None:
     print(last)
 
 
-def _look(steps: list[planning.Step], begun: float) -> tuple[str, dict[str, Any]]:
+def _look(steps: list[planning.Step], begun: float) -> tuple[str, dict[str, list]]:
     """What is done, as bars and by what `strata run` said of stages that ended; and the losses written so far."""
     ended = re.findall(r"^\S+ │ (?:done in .+|failed)$", LOG.read_text(encoding="utf-8"), re.MULTILINE)
     training = {step.stage for step in steps if step.fate != planning.CACHED}
@@ -100,7 +99,8 @@ def show(picture: str, *names: str) -> None:
             svg = dvc.api.read(f"{REPORTS}/{picture}.svg", rev=name)
         except DvcException as error:
             raise MistakeError(f"there is no picture {picture!r} ({error}); run() makes it, keep() keeps it") from None
-        display(*([name] if name else []), SVG(svg))
+        print(name or picture)
+        display(SVG(svg))
 
 
 def ask(questions: list[str], *names: str) -> pd.DataFrame:
