@@ -27,6 +27,10 @@ class MistakeError(Exception):
     def __init__(self, sentence: str) -> None:
         super().__init__(" ".join(sentence.splitlines()))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: the sentence alone."""
+        return [f"error: {self}"]
+
 
 @contextmanager
 def placed(where: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from stages.errors import MistakeError
@@ -89,6 +90,7 @@ class Chat:
     def __init__(self, settings: Params, max_new_tokens: int) -> None:
         check_against_base(settings)
         open_model("base")  # a sentence where there is none yet
+        torch.set_num_threads(settings.thread_count)  # as in scoring
         self.known = ["base", *settings.stages, "merged"]
         self.bounds = settings.evaluate.model_copy(update={"max_new_tokens": max_new_tokens})
         self.tokenizer, self.loaded = load_tokenizer(), dict[str, PreTrainedModel]()

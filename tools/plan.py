@@ -24,6 +24,7 @@ RUNS, CACHED, PERHAPS = "runs", "cached", "perhaps"
 TITLES = {RUNS: "Will run", CACHED: "Comes from the cache", PERHAPS: "Perhaps: if what they read becomes another"}
 FORGIVING = {"evaluate", "threads", "score"}  # sections and keys that may change a result, and need not
 WIDTH = 40  # letters of a value that are shown
+REASONS = 2  # of a stage that are shown
 
 
 class Reason(NamedTuple):
@@ -75,10 +76,17 @@ def told(steps: list[Step], total: int) -> str:
         if chosen:
             width = max(len(step.stage) for step in chosen)
             lines += [f"{title}, {len(chosen)} of {total}:"]
-            lines += [f"  {step.stage:<{width}}  {_time(step):>7}  {'; '.join(step.why)}" for step in chosen]
+            lines += [f"  {step.stage:<{width}}  {_time(step):>7}  {_why(step)}" for step in chosen]
     if running := [step for step in steps if step.fate == RUNS]:
         lines.append(_total(running, [step for step in steps if step.fate == PERHAPS]))
     return "\n".join(lines)
+
+
+def _why(step: Step) -> str:
+    """The first reasons of many, those of its own before those above it."""
+    reasons = sorted(step.why, key=lambda reason: reason.startswith("after "))
+    more = len(reasons) - REASONS
+    return "; ".join([*reasons[:REASONS], f"and {more} more"] if more > 1 else reasons)
 
 
 def _total(running: list[Step], perhaps: list[Step]) -> str:
