@@ -191,8 +191,8 @@ ROWS = sorted(EDITS.items(), key=lambda row: len(row[1][1]))  # so that each hal
 
 @pytest.mark.parametrize(
     "edits",
-    [ROWS[::2], ROWS[1::2], pytest.param(list(RARER.items()), marks=pytest.mark.exhaustive)],
-    ids=["one half", "the other", "rarer ones"],  # for two processes
+    [ROWS[::2], *(pytest.param(rows, marks=pytest.mark.exhaustive) for rows in (ROWS[1::2], list(RARER.items())))],
+    ids=["one half", "the other", "rarer ones"],
 )
 def test_every_edit_runs_what_depends_on_it_and_nothing_else(pipeline, edits):
     wrong = []
