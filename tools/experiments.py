@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from analysis.telling.page import render
-from analysis.telling.text import percent
+from analysis.telling.text import percent, whole_percent
 from stages.errors import MistakeError, first_line
 from stages.files import REPORTS, write_text
 from stages.project.params import PARAMS
@@ -68,14 +68,15 @@ def main(everywhere: bool) -> None:
     write_text(FOLDER / "index.html", render("experiments.html", content))
     for row in rows:
         told = ", ".join(f"{stage} {text}" for stage, text in row.skills.items())
-        print(f"{row.name}: {'; '.join(row.changed) or 'as committed'}\n  {told}; unexplained {row.unexplained}")
+        print(f"{row.name}: {'; '.join(row.changed) or 'as committed'}")
+        print(f"  kept of what each can: {told}; unexplained {row.unexplained}")
     print(f"\n{FOLDER / 'index.html'} has the layer maps and reports")
 
 
 def _rows(repo: Any, everywhere: bool) -> Iterator[Row | None]:
     found = repo.experiments.ls(all_commits=everywhere)
     for baseline, experiments in found.items():
-        yield _row(repo, baseline, baseline[:7], None)
+        yield _row(repo, baseline, f"commit {baseline[:7]}", None)
         for name, revision in sorted(experiments):
             yield _row(repo, revision, name, baseline)
 
@@ -95,8 +96,8 @@ def _row(repo: Any, revision: str, name: str, baseline: str | None) -> Row | Non
         percent(merged.get("relative_change")),
         percent(merged.get("rounding_floor")),
         percent(merged.get("unexplained")),
-        _put(f"{name}.html", report),
-        _put(f"{name}.svg", layers),
+        _put(f"{revision[:7]}.html", report),
+        _put(f"{revision[:7]}.svg", layers),
     )
 
 
@@ -108,7 +109,7 @@ def _skill(metrics: dict[str, Any]) -> str:
     can = (
         percent(metrics["accuracy"]) if "accuracy" in metrics else f"{metrics['loss']:.3f}" if "loss" in metrics else ""
     )
-    kept = f"keeps {percent(metrics['retention'])} of " if "retention" in metrics else ""
+    kept = f"{whole_percent(metrics['retention'])} of " if "retention" in metrics else ""
     return f"{kept}{can}" or "–"
 
 
