@@ -28,6 +28,7 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
     "provenance merged/model.safetensors": ("merged/model.safetensors is no safetensors file",) * 3,
     "plan": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
     "run": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
+    "experiments": ("dvc cannot list experiments",) * 3,
     "watch": ("params.yaml is missing", *("no curve of any stage is there",) * 2),
     "chat": (
         "params.yaml is missing",
