@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -66,7 +67,7 @@ def execute(notebook: NotebookNode, folder: Path = Path()) -> NotebookNode:
         print(f"{time.monotonic() - begun:7.1f} s  {cell.source.splitlines()[-1]}", flush=True)
 
     resources = {"metadata": {"path": str(folder)}}
-    told = {"on_cell_execute": begin, "on_cell_executed": tell}
+    told: dict[str, Any] = {"on_cell_execute": begin, "on_cell_executed": tell}
     NotebookClient(notebook, record_timing=False, resources=resources, **told).execute()
     for cell in code(notebook):
         cell.outputs = joined(cell.outputs)

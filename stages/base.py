@@ -25,6 +25,7 @@ from stages.models.source import (
     forget_quantisation,
     locate,
     read_config,
+    refuse_rounded,
     refuse_speechless,
     refuse_unfit,
     refuse_unsound,
@@ -68,6 +69,7 @@ def main() -> None:
             " give a hub id with its revision, or a folder or .gguf file of a causal language model"
         ) from None
     refuse_unsound(settings.model, model, told)
+    refuse_rounded(settings.model, files_of(source))
     if (tokenizer.pad_token_id or 0) >= len(model.get_input_embeddings().weight):
         tokenizer.pad_token = tokenizer.eos_token  # one was added that the embeddings have no row for
     refuse_layers_outside(params, depth(model))

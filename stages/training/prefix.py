@@ -25,11 +25,15 @@ from stages.models.architecture import layer_stack, place
 from stages.models.losses import Batch
 from stages.training.resume import random_states, scratch, set_random_states
 
+# Of the trial: rows that no tuple of outputs has as many parts of, and what kernels may differ by.
+ROWS, TOKENS, TOLERANCE = 5, 8, 1e-3
+
 
 class Prefix:
     """Cached outputs of one model's frozen layers.
 
-    Layers that draw random numbers, such as dropout does in training, are not cached: no two passes are alike.
+    Layers that draw random numbers, such as dropout does in training, are not cached: no two passes are alike. Nor are
+    those of models whose layers hand on more than hidden states, or which are no stack: a few tokens show it.
 
     Args:
         model: a causal language model whose trained parameters, and they alone, require a gradient.
@@ -43,6 +47,7 @@ class Prefix:
         digest = hashlib.sha256(repr(sorted({**key, "depth": self.depth}.items())).encode()).hexdigest()[:16]
         self.folder = scratch("prefix") / digest
         self._limit, self._used = limit, sum(map(_size, scratch("prefix").glob("*")))
+        self._is_right: bool | None = None  # whether the model comes to the same without them; None until it was tried
         self._draws: dict[bool, bool] = {}  # whether the layers draw random numbers, in training and otherwise
         for temporary in self.folder.glob("*.tmp"):  # left by a killed run; one that is alive goes on without it
             temporary.unlink(missing_ok=True)
@@ -55,7 +60,13 @@ class Prefix:
         hidden = self._hidden(model, batch) if self.depth and self._limit else None
         if hidden is None:
             yield
-            return
+        else:
+            with self._skipped(hidden):
+                yield
+
+    @contextmanager
+    def _skipped(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Within the block `hidden` comes into the first trained layer, and those below do nothing."""
         entry = self._layers[self.depth].register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
         skipped = self._layers[: self.depth]
         for layer in skipped:
@@ -67,9 +78,28 @@ class Prefix:
             for layer in skipped:
                 del layer.forward  # the class's own is seen again
 
+    def _comes_to_the_same(self, model: Any, batch: Batch) -> bool:
+        """Whether a few tokens of the batch have the same logits where the frozen layers are skipped."""
+        ids = batch.ids[:1, :TOKENS].repeat(ROWS, 1)
+        few = Batch(ids, torch.ones_like(ids), torch.ones(ids.shape, device=ids.device))
+        before, mode = random_states(ids.device), model.training
+        model.eval()
+        try:
+            truth = _logits(model, few)
+            with self._skipped(_run(model, self._layers[self.depth], few)):
+                found = _logits(model, few)
+        except Exception:  # each model has its own way to miss what its layers hand on
+            return False
+        finally:
+            model.train(mode)
+            set_random_states(before)
+        return bool((found - truth).norm() <= TOLERANCE * truth.norm())
+
     def _hidden(self, model: Any, batch: Batch) -> torch.Tensor | None:
         """Input of the first trained layer, [examples, length, width]; None where it is random."""
-        if self._draws.get(model.training):
+        if self._is_right is None:
+            self._is_right = self._comes_to_the_same(model, batch)
+        if not self._is_right or self._draws.get(model.training):
             return None
         path = self.folder / f"{_name(model, batch)}.safetensors"
         with suppress(OSError, SafetensorError):  # not there, or deleted by another run meanwhile
@@ -105,6 +135,11 @@ class Prefix:
                 self._used -= _size(folder)
                 shutil.rmtree(folder, ignore_errors=True)
         return self._used + size <= self._limit
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    return model(input_ids=batch.ids, attention_mask=batch.present, use_cache=False).logits.float()
 
 
 def _name(model: Any, batch: Batch) -> str:

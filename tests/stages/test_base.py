@@ -448,3 +448,12 @@ def test_a_model_runs_in_the_dtype_that_the_base_stage_chose_whatever_its_files_
     for dtype in ("float32", "bfloat16"):
         write_json(record, read_json(record) | {"dtype": dtype})
         assert str(load_model(open_base(), compute_dtype()).dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_were_quantised_without_a_mark_are_refused(project, dtype):
+    path, name = Path("model/model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: (tensors[name] * 300).to(dtype)}, path, {"format": "pt"})
+    with pytest.raises(MistakeError, match=rf"params.yaml: base.model 'model' has {name} in [IF]8\w*, as a quantised"):
+        base.main()

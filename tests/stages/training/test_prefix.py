@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BioGptConfig,
+    BioGptForCausalLM,
+    Gemma3nTextConfig,
+    XLMConfig,
+)
 
 from stages.files import BASE
 from stages.methods import METHODS
+from stages.models.architecture import layer_stack
+from stages.models.losses import pad, token_losses
 from stages.training import prefix as prefix_module
 from stages.training.loop import Run
 from stages.training.model import put_on
@@ -202,3 +211,30 @@ def test_two_runs_that_make_room_at_once(monkeypatch):
 
     monkeypatch.setattr(prefix_module, "_last_used", delete_and_look)
     assert torch.equal(gradient(limit=size * 1.5, key="b")[1], truth[1])
+
+
+TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+XLM = {"vocab_size": 128, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+HANDS_ON = {
+    "a tuple": BambaConfig(**TINY, num_key_value_heads=2, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16),
+    "states of other layers": Gemma3nTextConfig(
+        **TINY | {"intermediate_size": [64] * 3}, activation_sparsity_pattern=[0.0] * 3, vocab_size_per_layer_input=128,
+        num_key_value_heads=2, head_dim=8, num_kv_shared_layers=1, laurel_rank=4, hidden_size_per_layer_input=8,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"], pad_token_id=0,
+    ),
+    "no stack but a list of attentions": XLMConfig(**XLM, causal=True, n_langs=1, use_lang_emb=False, pad_index=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HANDS_ON)
+def test_layers_of_which_more_than_hidden_states_is_used_are_not_skipped(kind):
+    make_base()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HANDS_ON[kind]).train().requires_grad_(False)
+    model.get_submodule(f"{layer_stack(model)}.2").requires_grad_(True)
+    batch = pad(make_examples(3), 0)
+    truth, _ = token_losses(model, batch)
+    prefix = Prefix(model, {"parent": kind}, 1e9)
+    with prefix(model, batch):
+        found, _ = token_losses(model, batch)
+    assert prefix.depth == 2 and torch.equal(found, truth)
