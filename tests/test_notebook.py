@@ -9,11 +9,12 @@ from threading import Thread
 
 import psutil
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE
 from stages.project import edit
-from tests.conftest import COMMON, PARAMS, ROOT, make_base
+from tests.conftest import ARCHITECTURES, COMMON, PARAMS, ROOT, make_base
 from tests.forked import copy_repository
 
 nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
@@ -26,8 +27,9 @@ CHAT = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }
 @pytest.fixture
 def default(workspace, monkeypatch):
     """The default's params.yaml, but for its size, on a tiny model of as many layers."""
-    monkeypatch.setitem(COMMON, "num_hidden_layers", 30)
-    make_base("llama-untied")
+    sizes = COMMON | {"num_hidden_layers": 30, "tie_word_embeddings": False}
+    monkeypatch.setitem(ARCHITECTURES, "thirty layers", lambda: LlamaForCausalLM(LlamaConfig(**sizes)))
+    make_base("thirty layers")
     shutil.move(BASE, "model")
     Path("model/stage.json").unlink()
     Path("model/chat_template.jinja").write_text(CHAT)
