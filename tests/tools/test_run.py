@@ -74,6 +74,7 @@ def test_side_by_side_interrupted_and_killed_it_leaves_the_files_of_repro(pipeli
     assert ended.stdout == "All 22 stages are up to date.\n"
 
 
+@pytest.mark.exhaustive
 def test_a_stage_that_fails_leaves_the_others_results(pipeline):
     code = Path("stages/train.py")
     good = code.read_text()
