@@ -13,8 +13,28 @@ import dvc.stage.run
 import pytest
 from dvc.repo import Repo
 
-from tests.conftest import ROOT
+from tests.conftest import PARAMS, ROOT
 from tools.run import run_in_fork
+
+# A branch beside the chain, so that there is something that must not run again.
+BRANCH = """\
+  side:
+    parent: base
+    dataset: words
+    method: dora
+    layers: 1-2
+    rank: 2
+    lr: 1.0e-3
+    steps: 3
+merge:
+"""
+
+
+def write_branched(folder: Path) -> None:
+    """The repository's files, committed with the tiny project of `folder` and a branch beside its chain."""
+    text = PARAMS.replace("merge:\n", BRANCH).replace("    words: 1.0\n", "    words: 1.0\n    side: 0.5\n")
+    (folder / "params.yaml").write_text(text)
+    copy_repository(folder)
 
 
 def copy_repository(folder: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from stages.files import sha256
-from tests.conftest import PARAMS, ROOT
-from tests.forked import Pipeline, commit, copy_repository
-from tests.test_pipeline import BRANCH
+from tests.conftest import ROOT
+from tests.forked import Pipeline, commit, write_branched
 from tools import experiments
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
@@ -35,9 +34,7 @@ def run(line):
 
 
 def test_every_command(project, monkeypatch):
-    text = PARAMS.replace("merge:\n", BRANCH).replace("    words: 1.0\n", "    words: 1.0\n    side: 0.5\n")
-    Path("params.yaml").write_text(text)
-    copy_repository(project)
+    write_branched(project)
     Pipeline(monkeypatch).repro()
     commit(project)
     subprocess.run(["git", "init", "-q", "--bare", "../origin.git"], check=True)

@@ -9,23 +9,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.files import read_json, sha256
-from tests.conftest import PARAMS, kill_once_saved
-from tests.forked import Pipeline, commit, copy_repository
+from tests.conftest import kill_once_saved
+from tests.forked import Pipeline, commit, write_branched
 
 pytestmark = pytest.mark.slow
 
-# A branch beside the chain, so that there is something that must not run again.
-BRANCH = """\
-  side:
-    parent: base
-    dataset: words
-    method: dora
-    layers: 1-2
-    rank: 2
-    lr: 1.0e-3
-    steps: 3
-merge:
-"""
 STAGES = ["sums", "words", "side"]
 MERGE = {"merge", "score_merged", "evaluate", "probe_merged", "measure", "report"}
 
@@ -33,9 +21,7 @@ MERGE = {"merge", "score_merged", "evaluate", "probe_merged", "measure", "report
 @pytest.fixture
 def pipeline(project, monkeypatch):
     """The repository's files with the tiny project's params.yaml and inputs, committed."""
-    text = PARAMS.replace("merge:\n", BRANCH).replace("    words: 1.0\n", "    words: 1.0\n    side: 0.5\n")
-    Path("params.yaml").write_text(text)
-    copy_repository(project)
+    write_branched(project)
     return Pipeline(monkeypatch)
 
 

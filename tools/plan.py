@@ -10,6 +10,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ REASONS = 2  # of a stage that are shown
 
 
 class Reason(NamedTuple):
-    """Why a stage is not up to date; `changes`: its result will be another for it, and not only perhaps."""
+    """Why a stage is not up to date: it will run for it, or perhaps; `changes`: then its result will be another."""
 
     text: str
     changes: bool
@@ -133,6 +134,10 @@ class _Plan:
     def __init__(self, repo: Any, settings: Params) -> None:
         self.repo, self.settings, self.times = repo, settings, read_times()
         self.makers = {out.fs_path: stage.addressing for stage in repo.index.stages for out in stage.outs}
+        self.worked = {
+            each.addressing: self._work(each.addressing, _settings_before(each)) for each in repo.index.stages
+        }
+        self.is_made = cache(lambda path: any(_overlap(out, path) for out in self.makers))
         self.known: dict[str, Any] = {}
         self.changed: dict[str, bool] = {}
 
@@ -150,7 +155,7 @@ class _Plan:
                 before, path = out.hash_info, out.fs_path
                 self.known[path] = found[path] if found else None if reasons else before
                 if reasons and not (before and self.known[path] == before):
-                    is_other = bool(found) or any(reason.changes and reason.is_certain for reason in reasons)
+                    is_other = bool(found) or any(reason.changes for reason in reasons)
                     self._change(path, is_other)
 
     def _change(self, path: str, is_certain: bool) -> None:
@@ -187,7 +192,7 @@ class _Plan:
         for dep in stage.deps:
             if hasattr(dep, "params"):
                 yield from _changed_params(dep)
-            elif not any(_overlap(path, dep.fs_path) for path in self.makers) and dep.status():
+            elif not self.is_made(dep.fs_path) and dep.status():
                 yield Reason(str(dep), False)
         for out in stage.outs:
             if status := out.status().get(str(out)):
@@ -237,12 +242,9 @@ class _Plan:
         kind = stage.addressing.partition("@")[0]
         alike = {name: found for name, found in self.times.items() if name.partition("@")[0] == kind}
         work = self._work(stage.addressing, {})
-        before = {
-            each.addressing: self._work(each.addressing, _settings_before(each)) for each in self.repo.index.stages
-        }
         if stage.addressing in alike:
-            return alike[stage.addressing] * work / before[stage.addressing]
-        rates = [found / before.get(name, 1) for name, found in alike.items()]
+            return alike[stage.addressing] * work / self.worked[stage.addressing]
+        rates = [found / self.worked.get(name, 1) for name, found in alike.items()]
         return work * sum(rates) / len(rates) if rates else None
 
     def _work(self, addressing: str, before: dict[str, Any]) -> float:

@@ -136,8 +136,7 @@ class _Run:
         for line in lines:
             if text := line.rpartition(b"\r")[2].decode(errors="replace").strip():
                 tqdm.write(f"{job.step.stage} │ {text}", file=sys.stdout)
-        last = job.said.rpartition(b"\r")
-        job.said = last[2]
+        job.said = job.said.rpartition(b"\r")[2]
         job.bar.set_description_str(f"{job.step.stage} │ {job.said.decode(errors='replace').strip()}")
 
     def _leave(self, job: _Job) -> None:

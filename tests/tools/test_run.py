@@ -11,9 +11,7 @@ import psutil
 import pytest
 
 from stages.files import sha256
-from tests.conftest import PARAMS
-from tests.forked import Pipeline, copy_repository
-from tests.test_pipeline import BRANCH
+from tests.forked import Pipeline, write_branched
 from tools.plan import plan
 
 pytestmark = pytest.mark.slow
@@ -24,9 +22,7 @@ RUN = [sys.executable, "-m", "tools.cli", "run", "-j", "2"]
 @pytest.fixture
 def pipeline(project, monkeypatch):
     """A chain of two stages and one beside it."""
-    text = PARAMS.replace("merge:\n", BRANCH).replace("    words: 1.0\n", "    words: 1.0\n    side: 0.5\n")
-    Path("params.yaml").write_text(text)
-    copy_repository(project)
+    write_branched(project)
     return Pipeline(monkeypatch)
 
 
