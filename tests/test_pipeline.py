@@ -40,8 +40,11 @@ def test_run_change_and_go_back(pipeline):
     assert list(matrix) == ["base", *STAGES, "merged"]
     assert matrix["sums"]["sums"]["loss"] < matrix["base"]["sums"]["loss"]
     commit(Path())
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True, check=True).stdout
+    assert "up to date" in status
 
     assert pipeline.experiment("-S", "merge.method=ties") == MERGE
+    assert pipeline.experiment("-S", "merge.method=task_arithmetic") == {"report"}  # which is not cached
     assert sha256([Path("merged/model.safetensors")]) != first["merged/model.safetensors"]
     assert pipeline.experiment("-S", "~merge.weights.side") == MERGE | {"pick_checkpoints"}
     ran = pipeline.experiment("-S", "merge.method=task_arithmetic", "-S", "stages.sums.lr=5e-3")
