@@ -7,8 +7,9 @@ ratios. Inner products are summed in float64; they give cosines and survival wit
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import pandas as pd
 import torch
@@ -52,6 +53,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
                 file=file.stored(name),
                 deltas={stage: delta for stage, delta in own.items() if bool(delta.any())},
                 factors={stage.name: stage.adapter.factors(path, parameter) for stage in adapted},
+                rounded=partial(exact.rounded, name),
                 is_stack=base.architecture.is_stack(path),
             )
             measuring.add(tensor)
@@ -87,6 +89,7 @@ class _Tensor:
         file: as the merged file has it.
         deltas: of the stages that change it, float32.
         factors: low-rank factors of the deltas, None where one has none.
+        rounded: its values in float32 as the merge would store them.
         is_stack: whether it is of several experts, a matrix or a bias of each.
     """
 
@@ -97,6 +100,7 @@ class _Tensor:
     file: torch.Tensor
     deltas: dict[str, torch.Tensor]
     factors: dict[str, Factors | None]
+    rounded: Callable[[torch.Tensor], torch.Tensor]
     is_stack: bool
 
     @cached_property
@@ -107,7 +111,7 @@ class _Tensor:
     def change(self, name: str, delta: torch.Tensor) -> TensorChange:
         """What a checkpoint of that name changes: a stage, as if it were stored by itself, or the merged file."""
         exact = self.exact if name == MERGED else self.weight + delta
-        file = self.file if name == MERGED else exact.to(self.file.dtype)
+        file = self.file if name == MERGED else self.rounded(exact)
         return TensorChange(self.weight, delta, exact, file, self.unit_gain)
 
 

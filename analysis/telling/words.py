@@ -199,7 +199,7 @@ def _rounded_away(facts: Facts) -> list[str]:
         return []
     stages = ", ".join(f"{name} ({whole_percent(share)} of it)" for name, share in lost.items())
     dtype = facts.settings.merge.dtype
-    advice = "" if dtype == "float32" else "; store the file as float32"
+    advice = "" if dtype == "float32" else "; `merge.rounding: stochastic` keeps it, and so does float32"
     return [f"Rounding to {dtype} takes away what a stage changed: {stages}{advice}."]
 
 

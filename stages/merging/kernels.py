@@ -22,6 +22,11 @@ Values = dict[str, Any]  # a parameter's value, or for a parameter per stage its
 PART = 1 << 21  # entries of a delta that a kernel sees at once, where each entry is merged on its own
 
 
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one tensor, whichever others there are."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A merge method with the settings of params.yaml, checked.
@@ -116,8 +121,7 @@ class Kernel:
     def _run(
         self, name: str, base: torch.Tensor, models: dict[str, torch.Tensor], values: Values, stages: list[str]
     ) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.merge.seed}/{name}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        torch.manual_seed(seed_of(self.merge.seed, name))
         ids, base_id = _inputs(self.method, stages)
         dtype = torch.float64 if self.traits.float64 else torch.float32
         try:

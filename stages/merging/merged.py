@@ -12,8 +12,9 @@ import torch
 from stages.errors import MistakeError
 from stages.files import MERGED
 from stages.merging.core_space import merge_in_core
-from stages.merging.kernels import Values, find_kernel
+from stages.merging.kernels import Values, find_kernel, seed_of
 from stages.merging.parameters import evaluate
+from stages.merging.rounding import round_stochastically
 from stages.models.names import Piece, full_name
 from stages.settings.merge import Merge
 from stages.weights.adapter import Factors, Tensors
@@ -80,6 +81,10 @@ class Merged:
         """Modules that may differ from the base's file."""
         return sorted(self.adapted() | self.base.untied_by(self.adapted()))
 
+    @cached_property
+    def _changed(self) -> set[str]:
+        return set(self.changed())
+
     def names(self, paths: Iterable[str]) -> list[str]:
         """Full names of the parameters of some modules."""
         return [full_name(path, parameter) for path in paths for parameter in self.modules[path]]
@@ -114,12 +119,18 @@ class Merged:
         return self.rounded(name, self.module(path)[parameter])
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Values of tensor `name`, or a piece of them, in the dtype of the file.
+        """Values of parameter `name` in the dtype of the file; they may be a piece, where no stage changes its module.
+
+        What is still the base's goes to the nearest number of the dtype, whatever `merge.rounding` says of changes.
 
         Raises:
             MistakeError: float16 has no such numbers.
         """
         rounded = values.to(DTYPES[self.specification(name)[1]])
+        if self.merge.rounding == "stochastic" and name.rpartition(".")[0] in self._changed:
+            generator = torch.Generator().manual_seed(seed_of(self.merge.seed, f"{name} rounded"))
+            drawn = round_stochastically(values, rounded.dtype, generator)
+            rounded = torch.where(values == self.base.stored(name), rounded, drawn)
         if rounded.dtype == torch.float16 and (rounded.isinf() & values.isfinite()).any():
             raise MistakeError(
                 f"params.yaml: merge.dtype is float16, which ends at 65504, and {name} goes beyond; write bfloat16"

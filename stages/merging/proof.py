@@ -75,7 +75,7 @@ class Proof:
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             found = assemble(self._merged.pieces(name), self._file.read)
-            if not torch.equal(_bits(found), _bits(values.to(found.dtype))):
+            if not torch.equal(_bits(found), _bits(self._merged.rounded(name, values))):
                 raise MistakeError(f"the merged file has other numbers in {name} than the merge; {AGAIN}")
             moved = moved or not torch.equal(found, self._base.stored(name).to(found.dtype))
         if not moved:
