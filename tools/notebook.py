@@ -59,7 +59,7 @@ def run(jobs: int = 1) -> None:
             running, (told, curves) = process.poll() is None, _look(steps, begun)
             bars.update({"text/plain": told}, raw=True)
             if curves != drawn:
-                picture.update(SVG(loss_curves(drawn := curves)))
+                picture.update(_fitting(loss_curves(drawn := curves)))
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGINT)
         process.wait()
@@ -100,7 +100,12 @@ def show(picture: str, *names: str) -> None:
         except DvcException as error:
             raise MistakeError(f"there is no picture {picture!r} ({error}); run() makes it, keep() keeps it") from None
         print(name or picture)
-        display(SVG(svg))
+        display(_fitting(svg))
+
+
+def _fitting(svg: str) -> SVG:
+    """A picture as wide as the page, which cuts off what is wider."""
+    return SVG(re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2))
 
 
 def ask(questions: list[str], *names: str) -> pd.DataFrame:
