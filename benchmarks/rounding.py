@@ -28,7 +28,7 @@ from stages.weights.checkpoint import open_base, open_stages
 
 SCALES = (1.0, 0.2, 0.05, 0.01)
 SEEDS = (0, 1, 2)
-RECORDS = {"train": 40, "eval": 10}  # of each dataset: inputs for the Grams, texts to compare on
+RECORDS = {"train": 12, "eval": 10}  # of each dataset: inputs for the Grams, texts to compare on
 NEUTRAL = 8  # texts of the probes among the inputs; the others are compared on
 DAMPING = 0.01
 
@@ -67,8 +67,8 @@ def grams(model: PreTrainedModel, texts: Texts) -> dict[str, torch.Tensor]:
 
     def seen(path: str) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs = args[0].reshape(-1, args[0].shape[-1]).double()
-            found[path] = found.get(path, 0) + inputs.T @ inputs
+            inputs = args[0].reshape(-1, args[0].shape[-1])
+            found[path] = found.get(path, 0) + (inputs.T @ inputs).double()
 
         return add
 
@@ -124,7 +124,7 @@ def compare(merge: Merge, texts: dict[str, Texts], before: dict[str, torch.Tenso
     merged = Merged(base, stages, merge.model_copy(update={"dtype": "float32"}))
     model = load_model(merged, torch.float32)
     truth = {domain: says(model, texts[domain]) for domain in before}
-    yield row("float32", "none: the base", truth, before)
+    yield f"{row('float32', 'none: the base', truth, before)} | |"
     exact = {name: model.get_parameter(name).detach().clone() for name in merged.names(merged.changed())}
     delta = sum(float((values - base.stored(name)).square().sum()) for name, values in exact.items())
     inputs = grams(model, texts["inputs"])

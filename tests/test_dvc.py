@@ -21,7 +21,7 @@ PLUMBING |= {"stages.training.launch", "stages.training.resume"}
 
 # Folders whose files are found by themselves, without an import.
 FOUND = {"data": "stages/records/sources", "train": "stages/methods"}
-FOUND |= {"merge": "stages/merging/methods", "measure": "stages/merging/methods"}
+FOUND |= dict.fromkeys(["merge", "measure", "rounding"], "stages/merging/methods")
 
 # Sections of params.yaml whose defaults shape a result: who reads the section depends on its file.
 SECTIONS = {"base", "evaluate", "merge", "warn"}

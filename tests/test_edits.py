@@ -56,7 +56,7 @@ merge:
 CHAIN = ["sums", "words", "third"]
 ALL = [*CHAIN, "side"]
 DATA = {"data@sums", "data@words", "data@both"}
-MERGE = {"merge", "score_merged", "probe_merged", "measure", "evaluate", "report"}
+MERGE = {"merge", "score_merged", "probe_merged", "measure", "rounding", "evaluate", "report"}
 
 
 def each(*verbs, names=ALL):
@@ -110,7 +110,7 @@ EDITS = {
     "a comment in the loop": (comment("stages/training/loop.py"), each("train")),
     "a comment in a method": (comment("stages/methods/dora.py"), each("train", names=["side"])),
     "a new method": (new("stages/methods/new.py"), set()),
-    "a new merge": (new("stages/merging/methods/new.py"), {"merge", "measure"}),
+    "a new merge": (new("stages/merging/methods/new.py"), {"merge", "measure", "rounding"}),
     "a new source": (new("stages/records/sources/new.py"), DATA),
     "a comment in the reader of params.yaml": (comment("stages/project/params.py"), set()),
     "a comment in the resumed state": (comment("stages/training/resume.py"), set()),
@@ -120,7 +120,7 @@ EDITS = {
         {"data@sums", "pick_data", "evaluate", "report"} | SCORES,
     ),
     "a comment in the launcher": (comment("stages/training/launch.py"), set()),
-    "a comment in the probe": (comment("analysis/running/watching.py"), PROBES),
+    "a comment in the probe": (comment("analysis/running/watching.py"), PROBES | {"rounding"}),
     "a comment in what is measured": (comment("analysis/changes/spectra.py"), {"measure"}),
     "a word of the report": (comment("analysis/telling/words.py"), {"report"}),
     "a template": (replace("analysis/telling/templates/report.html", "What it learned", "Learned"), {"report"}),
@@ -128,7 +128,7 @@ EDITS = {
     # pins
     "tqdm": (pin("tqdm"), set()),
     "dvc": (pin("dvc"), set()),
-    "transformers": (pin("transformers"), {"base"} | each("train") | SCORES | PROBES),
+    "transformers": (pin("transformers"), {"base", "rounding"} | each("train") | SCORES | PROBES),
     # settings
     "a threshold": (param("  rounding: 0.25", "  rounding: 0.5"), {"report"}),
     "the launcher": (param("launch: python", "launch: python -u"), set()),
@@ -145,7 +145,7 @@ EDITS = {
     # defaults that shape a result
     "a default of the merge": (
         replace("stages/settings/merge.py", '["touching", "all"] = "touching"', '["touching", "all"] = "all"'),
-        {"merge", "measure", "score_merged", "probe_merged"},
+        {"merge", "measure", "score_merged", "probe_merged", "rounding"},
     ),
     "a default of the training": (
         replace(
@@ -164,7 +164,7 @@ RARER = {  # of the same kinds, and longer
     "datasets": (pin("datasets"), DATA),
     "sacrebleu": (pin("sacrebleu"), DATA | SCORES),
     "pandas": (pin("pandas"), SCORES | {"measure", "evaluate", "report"}),
-    "mergekit": (pin("mergekit"), {"merge", "measure"}),
+    "mergekit": (pin("mergekit"), {"merge", "measure", "rounding"}),
     "a rate at its start": (param("lr: 1.0e-2\n    steps: 25", "lr: 2.0e-2\n    steps: 25"), trained(*CHAIN)),
     "the weight of a part": (param("weight: 1.0", "weight: 3.0"), {"data@both", "pick_data"} | trained("side")),
     "the length of answers": (param("max_new_tokens: 4", "max_new_tokens: 5"), SCORES | PROBES),

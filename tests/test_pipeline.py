@@ -15,7 +15,7 @@ from tests.forked import Pipeline, commit, write_branched
 pytestmark = pytest.mark.slow
 
 STAGES = ["sums", "words", "side"]
-MERGE = {"merge", "score_merged", "evaluate", "probe_merged", "measure", "report"}
+MERGE = {"merge", "score_merged", "evaluate", "probe_merged", "measure", "rounding", "report"}
 
 
 @pytest.fixture

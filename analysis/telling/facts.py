@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ class Facts:
         curves: loss curve of every stage.
         spent: steps, tokens and the like, of reports/train, by stage.
         probe: what the running models do, from `gather_probe`.
+        rounding: content of reports/rounding.json: what rounding costs the running model.
         answers: reports/answers.parquet: what every model says to every record of the evaluation splits.
         declared: layers that each stage may change, OUTSIDE for what lies in none, such as the embedding; an imported
             adapter declares none.
@@ -46,6 +48,7 @@ class Facts:
     curves: dict[str, list[dict[str, Any]]]
     spent: dict[str, dict[str, Any]]
     probe: dict[str, Any]
+    rounding: dict[str, float]
     answers: pd.DataFrame
     declared: dict[str, list[int]]
 
@@ -127,6 +130,12 @@ class Facts:
         return "model" in self.settings.merge.outputs
 
     @cached_property
+    def moved_by_rounding(self) -> float:
+        """How far rounding moves what the running model says, as a share of how far the merge does; NaN if unknown."""
+        whole = self.rounding.get("training", 0.0)
+        return self.rounding["rounding"] / whole if whole else math.nan
+
+    @cached_property
     def frozen(self) -> pd.DataFrame:
         """The frozen check of every stage that declares its layers, and of the merged file."""
         return frozen_check(self.measured, self.declared, self.has_file)
@@ -146,6 +155,7 @@ def gather(params: Params) -> Facts:
         curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
         spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
         probe=gather_probe(params),
+        rounding=read_json(REPORTS / "rounding.json"),
         answers=pd.read_parquet(ANSWERS),
         declared={name: [*records[name]["layers"], *_outside(architecture, params, name)] for name in trained},
     )

@@ -79,6 +79,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "frozen": list(facts.frozen.itertuples()),
         "log": actions(facts),
         "probe": facts.probe,
+        "rounding": facts.rounding,
         "behaviour": behaviour_rows(facts.probe),
     }
 

@@ -38,7 +38,7 @@ def headline(facts: Facts) -> list[Sentence]:
     wrong = [
         *_cite(5, touched),
         *_cite(4, _conflicts(facts) + _same_start(facts)),
-        *_cite(3, rounded_away + _missing(facts) + _shifted(facts)),
+        *_cite(3, (rounded_away or _moved_by_rounding(facts)) + _missing(facts) + _shifted(facts)),
         *_cite(2, _norms(facts)),
     ]
     well = [] if rounded_away else _cite(3, _rounding(facts))
@@ -203,6 +203,18 @@ def _rounded_away(facts: Facts) -> list[str]:
     return [f"Rounding to {dtype} takes away what a stage changed: {stages}{advice}."]
 
 
+def _moved_by_rounding(facts: Facts) -> list[str]:
+    """Rounding that moves the running model too far beside the merge, whatever it does to the norms."""
+    if not facts.moved_by_rounding > facts.settings.warn.rounding:
+        return []
+    dtype, merge = facts.settings.merge.dtype, facts.settings.merge
+    advice = "`merge.rounding: stochastic` may keep it" if merge.rounding == "nearest" else "float32 keeps it"
+    return [
+        f"Rounding to {dtype} moves what the merged model says {whole_percent(facts.moved_by_rounding)} as far as the"
+        f" whole merge does; {advice}."
+    ]
+
+
 def _rounding(facts: Facts) -> list[str]:
     """What rounding does to the merged change, beside that change as the method made it, before it was rounded.
 
@@ -214,10 +226,12 @@ def _rounding(facts: Facts) -> list[str]:
     if not merged.floor_share:
         return [f"Storing the merged model as {dtype} loses nothing of the change."]
     lost = whole_percent(merged.lost_to_rounding)
+    moved = facts.moved_by_rounding
+    said = f" It moves what the model says {percent(moved)} as far as the merge does." if math.isfinite(moved) else ""
     return [
         f"Storing the merged model as {dtype} rounds its weights: {lost} of the change is"
         f" lost, the rounding error is {percent(merged.floor_share)} of its size, and {percent(merged.rounded_away)} of"
-        " the numbers that the merge moves are stored as if it had not."
+        f" the numbers that the merge moves are stored as if it had not.{said}"
     ]
 
 

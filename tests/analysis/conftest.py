@@ -123,6 +123,7 @@ class Project:
         base = {"attention": looks, "written": written}
         floor = {"drift": [0.01] * 4, "lens": [0.0] * 4, "kl": 0.001, "attention": 0.01}
         write_json(Path("reports/probe/base.json"), {"layers": 4, "floor": floor, "base": base})
+        write_json(Path("reports/rounding.json"), {"rounding": 1e-4, "training": 0.1})
 
     def answers(self, skills: dict[str, list[dict[str, Any]]]) -> None:
         """What the models say: by skill, records of `question`, `reference` and, by model, an answer and its score."""
