@@ -198,21 +198,24 @@ def _rounded_away(facts: Facts) -> list[str]:
     if not facts.has_file or not len(lost):
         return []
     stages = ", ".join(f"{name} ({whole_percent(share)} of it)" for name, share in lost.items())
-    dtype = facts.settings.merge.dtype
-    advice = "" if dtype == "float32" else "; `merge.rounding: stochastic` keeps it, and so does float32"
-    return [f"Rounding to {dtype} takes away what a stage changed: {stages}{advice}."]
+    return [f"Rounding to {_and_what_keeps_it(facts, f'takes away what a stage changed: {stages}')}."]
 
 
 def _moved_by_rounding(facts: Facts) -> list[str]:
     """Rounding that moves the running model too far beside the merge, whatever it does to the norms."""
     if not facts.moved_by_rounding > facts.settings.warn.rounding:
         return []
-    dtype, merge = facts.settings.merge.dtype, facts.settings.merge
-    advice = "`merge.rounding: stochastic` may keep it" if merge.rounding == "nearest" else "float32 keeps it"
-    return [
-        f"Rounding to {dtype} moves what the merged model says {whole_percent(facts.moved_by_rounding)} as far as the"
-        f" whole merge does; {advice}."
-    ]
+    told = f"moves what the merged model says {whole_percent(facts.moved_by_rounding)} as far as the whole merge does"
+    return [f"Rounding to {_and_what_keeps_it(facts, told)}."]
+
+
+def _and_what_keeps_it(facts: Facts, told: str) -> str:
+    """What rounding does, between the dtype and what to do about it."""
+    dtype, rounding = facts.settings.merge.dtype, facts.settings.merge.rounding
+    if dtype == "float32":
+        return f"{dtype} {told}"
+    advice = "leave `merge.rounding` stochastic" if rounding == "nearest" else "store the file as float32"
+    return f"{dtype} {told}; {advice}"
 
 
 def _rounding(facts: Facts) -> list[str]:

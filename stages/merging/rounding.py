@@ -2,7 +2,7 @@
 
 import torch
 
-PART = 1 << 22  # entries that are rounded at once
+PART = 1 << 16  # entries that are rounded at once: few enough to stay in the processor's cache
 
 
 def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -79,7 +79,7 @@ class Merge(Settings):
     """Of the output `adapter`."""
     dtype: Dtype = "auto"
     """Of the model file; `auto` is that of the base's. Small changes are lost in 16 bits: the report tells how much."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of what changed, to 16 bits: `stochastic` keeps changes too small for them, and moves single numbers further."""
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    """Of what changed, to 16 bits: `stochastic` keeps changes too small for them; `nearest` is what other tools do."""
     seed: int = Field(default=0, ge=0)
     """Of methods that draw random numbers; each tensor has its own, from this seed and its name."""

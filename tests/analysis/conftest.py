@@ -48,7 +48,7 @@ class Project:
             self.train(name)
         self.answers({})
 
-    def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0)) -> None:
+    def params(self, dtype: str = "float32", weights: tuple = (1.0, 1.0, 1.0), rounding: str = "stochastic") -> None:
         lines = ["seed: 0", "threads: 1", "base: {model: tiny}", "evaluate: {batch_size: 8}", "datasets:"]
         lines += [f"  {name}: {{source: file, path: {name}.jsonl, eval: 100}}" for name in self.stages]
         lines += ["stages:"]
@@ -56,7 +56,8 @@ class Project:
             settings = f"dataset: {name}, method: {method}, layers: {layers!r}, lr: 1.0e-3, steps: 2"
             lines.append(f"  {name}: {{parent: {parent}, {settings}}}")
         listed = ", ".join(f"{name}: {weight}" for name, weight in zip(self.stages, weights, strict=True) if weight)
-        lines += ["merge:", "  method: task_arithmetic", f"  dtype: {dtype}", f"  weights: {{{listed}}}"]
+        lines += ["merge:", "  method: task_arithmetic", f"  dtype: {dtype}", f"  rounding: {rounding}"]
+        lines.append(f"  weights: {{{listed}}}")
         Path("params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def train(self, name: str, secretly: Layers | None = None) -> None:

@@ -460,7 +460,7 @@ def test_a_conflict_that_chance_explains_is_not_told(project):
 
 def test_a_stage_lost_to_rounding_is_told(project):
     project.plant("sums", "0-1", noise(1e-6))
-    project.params(dtype="bfloat16")
+    project.params(dtype="bfloat16", rounding="nearest")
     assert "Rounding to bfloat16 takes away what a stage changed: sums (" in sentences(project)
 
 

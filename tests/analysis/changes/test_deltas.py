@@ -71,7 +71,7 @@ def inner(first, second):
 
 
 def test_relative_change_and_floor_are_those_of_dense_float64(project):
-    project.params(dtype="bfloat16")
+    project.params(dtype="bfloat16", rounding="nearest")
     project.merge()
     result = measured()
     whole = summarise(result.rows, ["stage"]).set_index("stage")

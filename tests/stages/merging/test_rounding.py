@@ -56,8 +56,8 @@ def test_a_change_below_the_spacing_is_in_the_file_on_average(architecture):
     make_stage("tiny", load_base(), "lora", "1-2", size=0.05)
     weights = {"method": "task_arithmetic", "weights": {"tiny": 1e-4}}
     exact = merged("exact", dtype="float32", **weights)
-    nearest = merged("nearest", dtype="bfloat16", **weights)
-    first, again = (merged(name, dtype="bfloat16", rounding="stochastic", **weights) for name in ("one", "two"))
+    nearest = merged("nearest", dtype="bfloat16", rounding="nearest", **weights)
+    first, again = (merged(name, dtype="bfloat16", **weights) for name in ("one", "two"))
     before = load_file(BASE / "model.safetensors")
     kept = {}
     for name, stored in before.items():
@@ -77,7 +77,7 @@ def test_a_change_below_the_spacing_is_in_the_file_on_average(architecture):
 def test_what_no_stage_changed_goes_to_the_nearest():
     make_base("gpt2")
     make_stage("one", load_base(), "lora", "1-2")
-    merge = {"method": "task_arithmetic", "weights": {"one": 1.0}, "dtype": "bfloat16", "rounding": "stochastic"}
+    merge = {"method": "task_arithmetic", "weights": {"one": 1.0}, "dtype": "bfloat16"}
     file = merged(**merge)
     base, stages = open_stages(["one"])
     assert measure(stages, Merged(base, stages, Merge(**merge)), open_model("merged")).untouched_max == 0
