@@ -28,6 +28,7 @@ FILE = "architecture.json"  # beside the weights
 LAYERS = ("decoder_layers", "num_hidden_layers", "num_layers")
 HEADS = ("decoder_attention_heads", "num_attention_heads")
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
+WHOLE = "layer"  # the kind of a layer itself, where it has parameters that are in none of its modules, as Doge's has
 
 Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
 MATRICES = ("linear", "conv1d")
@@ -190,9 +191,10 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
-        MistakeError: its text model has no list of as many layers as its config says.
+        MistakeError: its text model has no list of as many layers as its config says, or no layer as one module.
     """
     config, stack = text_config(model), layer_stack(model)
+    _refuse_parts(model, stack)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules, texts = {}, text_modules(model)
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
@@ -258,6 +260,16 @@ def layer_stack(model: PreTrainedModel) -> str:
     )
 
 
+def _refuse_parts(model: PreTrainedModel, stack: str) -> None:
+    """Raise a MistakeError for a model, such as XLM, whose attentions are in one list and its MLPs in another."""
+    first = next(model.get_submodule(stack).children())
+    if type(first).__name__.lower().endswith("attention"):
+        raise MistakeError(
+            f"params.yaml: base.model: {type(model).__name__} has its attentions alone in {stack} and the rest of its"
+            " layers in other lists, so that none can be trained as a whole; choose another model"
+        )
+
+
 def depth(model: PreTrainedModel) -> int:
     """How many decoder layers it has; their list may be longer or shorter than `num_hidden_layers`.
 
@@ -271,11 +283,11 @@ def place(path: str, stack: str) -> tuple[int, str]:
     """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(OUTSIDE, path)`.
 
     Args:
-        path: dotted name of the module.
+        path: dotted name of the module; that of a layer itself is of the kind WHOLE.
         stack: dotted name of the list of layers, from `layer_stack`.
     """
-    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
-    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
+    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)(?:\.(.+))?", path)
+    return (int(found[1]), found[2] or WHOLE) if found else (OUTSIDE, path)
 
 
 def exactly(modules: list[str]) -> str:
@@ -334,7 +346,7 @@ def _group(path: str, model: nn.Module, stack: str, ends: list[nn.Module | None]
         return "embeddings" if any(module is end for end in ends) else ""
     if is_norm(module):
         return "norms"
-    parts = kind.split(".")
+    parts = [] if kind == WHOLE else kind.split(".")
     around = _part_of(model.get_submodule(f"{stack}.{layer}"), parts)
     if around in ("attention", "mixer"):
         return around
@@ -348,7 +360,7 @@ def _part_of(layer: nn.Module, parts: list[str]) -> Literal["attention", "mixer"
 
     The class goes first: Nemotron-H calls attention, Mamba and MLPs `mixer` alike.
     """
-    for name in ["", *parts]:  # XLM's layers are attentions themselves
+    for name in parts:
         layer = layer.get_submodule(name)
         told, called = type(layer).__name__.lower(), name.lower()
         if told.endswith("attention") or called.endswith(("attn", "att", "attention")):
