@@ -1,6 +1,7 @@
 """Adapters that were trained elsewhere: PEFT's own merge is the truth."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from stages.merging.merged import Merged
 from stages.settings.merge import Merge
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
-from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
+from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES, refuse_mistyped
 from tests.conftest import MIXTURES, PARAMS, make_base, make_outside, make_stage
 from tests.stages.training.test_loop import run_train
 from tools import check
@@ -237,6 +238,13 @@ def test_a_type_is_pefts_merge_bit_for_bit_whatever_its_keys_say(outside, kind):
         assert_stage_is(truth)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_value_of_another_type_is_refused_by_its_key(kind):
+    for key in KINDS[kind].__dataclass_fields__.keys() & set(TAKEN) - {"peft_type"}:
+        with pytest.raises(MistakeError, match=rf"^outside/adapter_config.json: {key} is \[\[1\]\], where PEFT has "):
+            refuse_mistyped(CONFIG, {"peft_type": kind, key: [[1]]})
+
+
 def test_every_key_of_pefts_is_judged_once():
     judged = [*TAKEN, *NO_EFFECT, *REFUSED]
     assert len(judged) == len(set(judged)) and KINDS.keys() == set(TYPES)
@@ -441,7 +449,28 @@ def test_a_merged_adapter_is_imported_as_what_it_is(outside, method):
         (configured(lora_alpha=1e300), "", "outside: the adapter makes numbers of model.layers."),
         (configured(new_key=1), "", "outside/adapter_config.json: new_key is no key of PEFT"),
         (configured(r=4), "", "q_proj.lora_A.weight of [4, 32] that adapter_config.json makes on this base"),
-        (configured(lora_alpha="x"), "", "outside/adapter_config.json is refused by PEFT on this base"),
+        (configured(r=0), "", "outside/adapter_config.json is refused by PEFT on this base (`r` should be a positive"),
+        (configured(r=None), "", "r is None, where PEFT has a valid integer; correct it, its default is 8"),
+        (
+            configured(lora_alpha="8"),
+            "",
+            "outside/adapter_config.json: lora_alpha is '8', where PEFT has a valid integer",
+        ),
+        (
+            configured(lora_alpha=0),
+            "",
+            "outside/adapter_config.json: lora_alpha has 0, by which the adapter does nothing",
+        ),
+        (configured(lora_alpha=-8.0), "", "lora_alpha has -8.0, by which the adapter does nothing or the opposite"),
+        (configured(lora_alpha=math.nan), "", "lora_alpha has nan, which is no finite number; correct it"),
+        (configured(lora_alpha=10**400), "", "which is no finite number; correct it"),
+        (configured(alpha_pattern={"q_proj": 0}), "", "alpha_pattern has 0, by which the adapter does nothing"),
+        (
+            configured(rank_pattern={"q_proj": "4"}),
+            "",
+            "rank_pattern is {'q_proj': '4'}, where PEFT has a valid number",
+        ),
+        (configured(bias="lora"), "", "bias is 'lora', where PEFT has 'none', 'all' or 'lora_only'; correct it"),
         (configured(init_lora_weights="pissa_niter_4"), "", "init_lora_weights is 'pissa_niter_4', with which"),
         (configured(init_lora_weights="OLoRA"), "", "init_lora_weights is 'OLoRA', with which"),
         (configured(layer_replication=[[0, 4], [2, 4]]), "", "layer_replication is [[0, 4], [2, 4]], which makes"),
