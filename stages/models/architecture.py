@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, first_line
 from stages.files import read_json, write_json
 from stages.models.names import Piece, pieces_of, shapes_in, text_modules
 from stages.settings.ranges import Layers, parse
@@ -92,13 +92,23 @@ class Architecture:
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:
-        """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
+        """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers.
+
+        Raises:
+            MistakeError: what is written down is something else.
+        """
         path = folder / FILE
         if not path.exists():
             model = empty_model(folder)
             return describe(model, pieces_of(model, shapes_in(folder)))
         content = read_json(path)
-        return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
+        try:
+            modules = {name: Module(**module) for name, module in content["modules"].items()}
+            return cls(**{each.name: content[each.name] for each in dataclasses.fields(cls)} | {"modules": modules})
+        except (AttributeError, TypeError) as error:
+            raise MistakeError(
+                f"{path} tells of no architecture ({first_line(error)}); run `dvc repro`, which makes it again"
+            ) from None
 
     def write(self, folder: Path) -> None:
         """Write it down for `of`."""
