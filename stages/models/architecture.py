@@ -72,7 +72,7 @@ class Architecture:
         model_type: such as `llama`.
         stack: dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
         layers: how many there are.
-        heads: of attention in each; None where the config does not tell.
+        heads: how many each projection of queries is of, by its name: some layers have more than others.
         positions: the longest text, in tokens; None where there is no limit.
         modules: of the text model, by dotted name, in its order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
@@ -83,7 +83,7 @@ class Architecture:
     model_type: str
     stack: str
     layers: int
-    heads: int | None
+    heads: dict[str, int]
     positions: int | None
     modules: dict[str, Module]
     tied: dict[str, str]
@@ -219,7 +219,7 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
         model_type=config.model_type,
         stack=stack,
         layers=depth(model),
-        heads=next((getattr(config, key) for key in HEADS if hasattr(config, key)), None),
+        heads={path: _heads(model, path) for path in modules if path.endswith(".q_proj")},
         positions=getattr(config, "max_position_embeddings", None),
         modules=modules,
         tied=dict(model.all_tied_weights_keys),
@@ -268,6 +268,16 @@ def layer_stack(model: PreTrainedModel) -> str:
     raise MistakeError(
         f"params.yaml: base.model: {type(model).__name__} has no {told} to choose from; choose another model"
     )
+
+
+def _heads(model: PreTrainedModel, path: str) -> int:
+    """How many heads a projection of queries is of, by the size of one or the config's number; one if neither tells."""
+    config, attention = text_config(model), model.get_submodule(path.rpartition(".")[0])
+    queries: Any = model.get_submodule(path)
+    rows, size = len(queries.weight), getattr(attention, "head_dim", None)
+    if isinstance(size, int) and rows % size == 0:
+        return rows // size
+    return next((getattr(config, key) for key in HEADS if hasattr(config, key)), 1)
 
 
 def _refuse_parts(model: PreTrainedModel, stack: str) -> None:
