@@ -21,9 +21,11 @@ PICKED = Path("picked")
 DATA = Path("data")
 MERGED = Path("merged")
 REPORTS = Path("reports")
+OUTPUTS = (CHECKPOINTS, PICKED, DATA, MERGED, REPORTS)
 TRACKED = Path("tracked")  # for trackers, if params.yaml names one
 ANSWERS = REPORTS / "answers"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # the files of a PEFT adapter
+NAMES: dict[type, str] = {dict: "object", list: "list"}  # in JSON's words
 DIGITS = 6  # significant ones of a number in a file
 FORMAT = 1  # of checkpoints, in stage.json; what tells none is of the first
 
@@ -52,18 +54,48 @@ def refuse_untracked(path: Path, where: str) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Parse the JSON file at `path`.
+class LackingError(MistakeError, KeyError):
+    """A JSON file lacks a key that is asked for."""
+
+    __str__ = Exception.__str__  # a KeyError's has the sentence in quotes
+
+
+class _Content(dict[str, Any]):
+    """An object of a JSON file, which tells of the file where a key is missing."""
+
+    _file = Path()
+
+    def __missing__(self, key: str) -> Any:
+        raise LackingError(f"{self._file} has no {key!r}; {_again(self._file)}")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Parse the JSON file at `path`, which holds an object, or what `kind` says.
 
     Raises:
-        MistakeError: it is not there, or not JSON.
+        MistakeError: it is not there, not JSON, or something else; later a LackingError, where an object lacks a key.
     """
+
+    def content(found: dict[str, Any]) -> _Content:
+        whole = _Content(found)
+        whole._file = path
+        return whole
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=content)
     except FileNotFoundError:
         raise MistakeError(f"{path} is missing; run `dvc repro`") from None
     except (ValueError, RecursionError) as error:
-        raise MistakeError(f"{path} is not valid JSON ({first_line(error)}); write it anew") from None
+        raise MistakeError(f"{path} is not valid JSON ({first_line(error)}); {_again(path)}") from None
+    if not isinstance(found, kind):
+        raise MistakeError(f"{path} holds {found!r:.20} and no {NAMES[kind]}; {_again(path)}")
+    return found
+
+
+def _again(path: Path) -> str:
+    """How a file becomes what it should be."""
+    is_output = path.parts[:1] in [folder.parts for folder in OUTPUTS]
+    return "run `dvc repro`, which makes it again" if is_output else "write it anew"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -73,7 +105,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         MistakeError: it is of another format than this version of Strata reads.
     """
     record: dict[str, Any] = read_json(folder / "stage.json")
-    found = record.get("format", 1) if isinstance(record, dict) else None
+    found = record.get("format", 1)
     if found != FORMAT:
         raise MistakeError(
             f"{folder} has checkpoint format {found!r}, and this version of Strata reads {FORMAT}; make it again with"

@@ -85,7 +85,7 @@ def refuse_unopened(folder: Path) -> None:
     """Raise a MistakeError unless PEFT, given the adapter on the base, has a place for each of its tensors."""
     config, file = read_json(folder / ADAPTER[0]), TensorFile(folder / ADAPTER[1])
     try:
-        wanted, known = tensors_of_peft(folder, config)
+        wanted, known, _ = tensors_of_peft(folder, config)
     except MistakeError as mistake:
         reason, _, _ = str(mistake).partition(";")
         raise MistakeError(f"params.yaml: merge.outputs names adapter, but {reason}; write model or delta") from None

@@ -86,7 +86,7 @@ def search(settings: Params, retention: Callable[[Merge], Skills], log: Path) ->
     sampler = optuna.samplers.TPESampler(seed=settings.merge.seed, multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial(start(settings))
-    trials = read_json(log) if log.exists() else []
+    trials = read_json(log, list) if log.exists() else []
     done = len(trials)
     with tqdm(total=settings.search.trials, initial=done, desc="search", unit="trial", dynamic_ncols=True) as bar:
         for number in range(settings.search.trials):

@@ -31,7 +31,7 @@ def main(stage: str | None) -> None:
         settings.find("stages", stage)
     while True:
         name = stage or latest(settings)
-        curve: list[dict[str, Any]] = read_json(path(name)) if name and path(name).exists() else []
+        curve: list[dict[str, Any]] = read_json(path(name), list) if name and path(name).exists() else []
         if not curve and not sys.stdout.isatty():
             raise MistakeError(
                 f"no curve of {stage or 'any stage'} is there; it comes with the first steps of dvc repro"

@@ -60,7 +60,10 @@ def _layers(base: Checkpoint) -> dict[int, dict[str, str]]:
     layers: dict[int, dict[str, str]] = {}
     for path in base.architecture.modules:
         layer, kind = base.architecture.place(path)
-        layers.setdefault(layer, {})[kind.rpartition(".")[2]] = path
+        is_of_queries = (
+            any(part.startswith("q") for part in kind.split(".")) and base.architecture.modules[path].group == "norms"
+        )
+        layers.setdefault(layer, {})["q_norm" if is_of_queries else kind.rpartition(".")[2]] = path
     layers.pop(OUTSIDE, None)  # where other parts of a model have heads too
     return {layer: paths for layer, paths in layers.items() if _are_heads(paths, base.architecture)}
 
@@ -76,7 +79,7 @@ def _are_heads(paths: dict[str, str], architecture: Architecture) -> bool:
 def _circuits(model: Weights, paths: dict[str, str], architecture: Architecture) -> tuple[Circuit, Circuit]:
     """QK and OV of all heads of a layer."""
     q, k, v, o = (model.module(paths[part])["weight"] for part in PARTS)
-    size = len(q) // (architecture.heads or 1)
+    size = len(q) // architecture.heads[paths["q_proj"]]
     q, k, v, o = (each.unflatten(0, (-1, size)) for each in (q, k, v, o.T))
     return (q, k), (o, v)
 

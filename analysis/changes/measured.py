@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,7 @@ class Measured:
     def read(cls, folder: Path) -> Measured:
         """What `write` left."""
         rest = read_json(folder / "rest.json")
-        grams = {int(layer): np.array(gram) for layer, gram in rest.pop("grams").items()}
+        told = {each.name: rest[each.name] for each in dataclasses.fields(cls) if each.name not in TABLES}
+        grams = {int(layer): np.array(gram) for layer, gram in rest["grams"].items()}
         tables = {table: pd.read_parquet(folder / f"{table}.parquet") for table in TABLES}
-        return cls(**rest, **tables, grams=grams)
+        return cls(**told | tables | {"grams": grams})

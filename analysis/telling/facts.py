@@ -152,7 +152,7 @@ def gather(params: Params) -> Facts:
         records=records,
         evaluation=read_json(REPORTS / "evaluation.json"),
         scorers={name: read_json(REPORTS / "data" / f"{name}.json")[name]["scorers"] for name in params.datasets},
-        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json") for name in params.stages},
+        curves={name: read_json(REPORTS / "train" / f"{name}.curve.json", list) for name in params.stages},
         spent={name: read_json(REPORTS / "train" / f"{name}.json")[name] for name in params.stages},
         probe=gather_probe(params),
         rounding=read_json(REPORTS / "rounding.json"),

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, first_line
 from stages.files import read_json, write_json
 from stages.models.names import Piece, pieces_of, shapes_in, text_modules
 from stages.settings.ranges import Layers, parse
@@ -28,6 +28,7 @@ FILE = "architecture.json"  # beside the weights
 LAYERS = ("decoder_layers", "num_hidden_layers", "num_layers")
 HEADS = ("decoder_attention_heads", "num_attention_heads")
 OUTSIDE = -1  # the layer of a module that lies in none, such as an embedding
+WHOLE = "layer"  # the kind of a layer itself, where it has parameters that are in none of its modules, as Doge's has
 
 Kind = Literal["linear", "conv1d", "experts", "transposed_experts", "embedding", "norm", "other"]
 MATRICES = ("linear", "conv1d")
@@ -71,7 +72,7 @@ class Architecture:
         model_type: such as `llama`.
         stack: dotted name of the list of decoder layers, such as `model.layers` or `transformer.h`.
         layers: how many there are.
-        heads: of attention in each; None where the config does not tell.
+        heads: how many each projection of queries is of, by its name: some layers have more than others.
         positions: the longest text, in tokens; None where there is no limit.
         modules: of the text model, by dotted name, in its order.
         tied: parameters that share the weight of another one, by name: such as `lm_head.weight`.
@@ -82,7 +83,7 @@ class Architecture:
     model_type: str
     stack: str
     layers: int
-    heads: int | None
+    heads: dict[str, int]
     positions: int | None
     modules: dict[str, Module]
     tied: dict[str, str]
@@ -91,13 +92,23 @@ class Architecture:
 
     @classmethod
     def of(cls, folder: Path) -> Architecture:
-        """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers."""
+        """That of a model's folder: as `base` wrote it down, else from its config, which imports transformers.
+
+        Raises:
+            MistakeError: what is written down is something else.
+        """
         path = folder / FILE
         if not path.exists():
             model = empty_model(folder)
             return describe(model, pieces_of(model, shapes_in(folder)))
         content = read_json(path)
-        return cls(**content | {"modules": {name: Module(**module) for name, module in content["modules"].items()}})
+        try:
+            modules = {name: Module(**module) for name, module in content["modules"].items()}
+            return cls(**{each.name: content[each.name] for each in dataclasses.fields(cls)} | {"modules": modules})
+        except (AttributeError, TypeError) as error:
+            raise MistakeError(
+                f"{path} tells of no architecture ({first_line(error)}); run `dvc repro`, which makes it again"
+            ) from None
 
     def write(self, folder: Path) -> None:
         """Write it down for `of`."""
@@ -190,9 +201,10 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
     """The architecture of a model in memory, or on the meta device, and of its file where `pieces` tells of one.
 
     Raises:
-        MistakeError: its text model has no list of as many layers as its config says.
+        MistakeError: its text model has no list of as many layers as its config says, or no layer as one module.
     """
     config, stack = text_config(model), layer_stack(model)
+    _refuse_parts(model, stack)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules, texts = {}, text_modules(model)
     unit_gains: dict[type, bool] = {}  # by class of norm, of which a model has one or two for all of its layers
@@ -207,7 +219,7 @@ def describe(model: PreTrainedModel, pieces: dict[str, list[Piece]] | None = Non
         model_type=config.model_type,
         stack=stack,
         layers=depth(model),
-        heads=next((getattr(config, key) for key in HEADS if hasattr(config, key)), None),
+        heads={path: _heads(model, path) for path in modules if path.endswith(".q_proj")},
         positions=getattr(config, "max_position_embeddings", None),
         modules=modules,
         tied=dict(model.all_tied_weights_keys),
@@ -258,6 +270,26 @@ def layer_stack(model: PreTrainedModel) -> str:
     )
 
 
+def _heads(model: PreTrainedModel, path: str) -> int:
+    """How many heads a projection of queries is of, by the size of one or the config's number; one if neither tells."""
+    config, attention = text_config(model), model.get_submodule(path.rpartition(".")[0])
+    queries: Any = model.get_submodule(path)
+    rows, size = len(queries.weight), getattr(attention, "head_dim", None)
+    if isinstance(size, int) and rows % size == 0:
+        return rows // size
+    return next((getattr(config, key) for key in HEADS if hasattr(config, key)), 1)
+
+
+def _refuse_parts(model: PreTrainedModel, stack: str) -> None:
+    """Raise a MistakeError for a model, such as XLM, whose attentions are in one list and its MLPs in another."""
+    first = next(model.get_submodule(stack).children())
+    if type(first).__name__.lower().endswith("attention"):
+        raise MistakeError(
+            f"params.yaml: base.model: {type(model).__name__} has its attentions alone in {stack} and the rest of its"
+            " layers in other lists, so that none can be trained as a whole; choose another model"
+        )
+
+
 def depth(model: PreTrainedModel) -> int:
     """How many decoder layers it has; their list may be longer or shorter than `num_hidden_layers`.
 
@@ -271,11 +303,11 @@ def place(path: str, stack: str) -> tuple[int, str]:
     """Layer and kind of a module, such as `(3, "self_attn.q_proj")`; outside the stack `(OUTSIDE, path)`.
 
     Args:
-        path: dotted name of the module.
+        path: dotted name of the module; that of a layer itself is of the kind WHOLE.
         stack: dotted name of the list of layers, from `layer_stack`.
     """
-    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.+)", path)
-    return (int(found[1]), found[2]) if found else (OUTSIDE, path)
+    found = re.fullmatch(rf"{re.escape(stack)}\.(\d+)(?:\.(.+))?", path)
+    return (int(found[1]), found[2] or WHOLE) if found else (OUTSIDE, path)
 
 
 def exactly(modules: list[str]) -> str:
@@ -334,7 +366,7 @@ def _group(path: str, model: nn.Module, stack: str, ends: list[nn.Module | None]
         return "embeddings" if any(module is end for end in ends) else ""
     if is_norm(module):
         return "norms"
-    parts = kind.split(".")
+    parts = [] if kind == WHOLE else kind.split(".")
     around = _part_of(model.get_submodule(f"{stack}.{layer}"), parts)
     if around in ("attention", "mixer"):
         return around
@@ -348,7 +380,7 @@ def _part_of(layer: nn.Module, parts: list[str]) -> Literal["attention", "mixer"
 
     The class goes first: Nemotron-H calls attention, Mamba and MLPs `mixer` alike.
     """
-    for name in ["", *parts]:  # XLM's layers are attentions themselves
+    for name in parts:
         layer = layer.get_submodule(name)
         told, called = type(layer).__name__.lower(), name.lower()
         if told.endswith("attention") or called.endswith(("attn", "att", "attention")):

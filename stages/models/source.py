@@ -210,8 +210,9 @@ def refuse_unsound(name: str, model: PreTrainedModel, loading: dict[str, Any]) -
 def refuse_speechless(name: str, model: PreTrainedModel) -> None:
     """Raise a MistakeError for a model whose last layer cannot be trained on text alone, such as one that drafts.
 
-    Or whose tokens see those that come after them: their losses would tell nothing. Nor can it where layers are skipped
-    at random: a stage of few layers would have steps in which it learns nothing.
+    Or whose tokens see those that come after them: their losses would tell nothing. Or whose layers make something else
+    of tokens than a hidden state of each, or several side by side: the probe could not read them. Nor can it where
+    layers are skipped at random: a stage of few layers would have steps in which it learns nothing.
 
     Args:
         name: what params.yaml calls the model.
@@ -224,7 +225,9 @@ def refuse_speechless(name: str, model: PreTrainedModel) -> None:
                 " in its config.json, in a copy of the model"
             )
     model.requires_grad_(False)
-    model.get_submodule(layer_stack(model))[-1].requires_grad_(True)  # type: ignore[index]
+    last, found = model.get_submodule(layer_stack(model))[-1], list[Any]()  # type: ignore[index]
+    last.requires_grad_(True)
+    hook = last.register_forward_hook(lambda _, args, output: found.append(output))
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     ids = torch.arange(2 * LENGTH).view(2, LENGTH) % rows
     try:
@@ -234,11 +237,16 @@ def refuse_speechless(name: str, model: PreTrainedModel) -> None:
         if not logits.requires_grad:
             raise ValueError("no gradient comes from them to the last layer")
         _refuse_foresight(model, ids)
+        for states in (each if isinstance(each, torch.Tensor) else each[0] for each in found[:1]):
+            if ids.shape not in (states.shape[:2], states.shape[1:3]):
+                raise ValueError(f"its layers make {list(states.shape)} of {list(ids.shape)} tokens")
     except Exception as error:  # each model has its own ways to want more
         raise MistakeError(
             f"params.yaml: base.model {name!r} makes no logits of tokens alone to be trained by"
             f" ({first_line(error)}); choose a causal language model of texts of any length"
         ) from None
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from stages.models.architecture import layer_stack
+from stages.models.architecture import OUTSIDE, layer_stack, place
 
 DIVIDED = (DistributedType.FSDP,)
 
@@ -33,7 +34,8 @@ def load_everywhere() -> None:
 def shard(model: Any, accelerator: Accelerator) -> None:
     """Give each process its part of the frozen weights, on its device, and the whole adapter.
 
-    One layer at a time goes to the device as a whole.
+    One layer at a time goes to the device as a whole. Backward it has to do so in every process: a gradient goes down
+    to the first trained layer even where the tokens of one process reach nothing that is trained, such as experts.
 
     Args:
         model: wrapped by PEFT, in main memory; its frozen weights are of one dtype.
@@ -41,9 +43,22 @@ def shard(model: Any, accelerator: Accelerator) -> None:
     """
     adapter = {p for name, p in model.named_parameters() if p.requires_grad or model.base_model.prefix in name}
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in model.get_submodule(layer_stack(model)):
+    stack = layer_stack(model)
+    layers = model.get_submodule(stack)
+    trained = {place(name, stack)[0] for name, p in model.named_parameters() if p.requires_grad} - {OUTSIDE}
+    if trained:
+        layers[min(trained)].register_forward_pre_hook(_with_gradient, with_kwargs=True)
+    for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=adapter)
     fully_shard(model, mesh=mesh, ignored_params=adapter)
     with torch.no_grad():
         for parameter in adapter:
             parameter.data = parameter.data.to(accelerator.device)
+
+
+def _with_gradient(_: nn.Module, args: tuple[Any, ...], keys: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let a layer's hidden states have a gradient, as a copy that the layer may write to."""
+    hidden = args[0] if args else keys["hidden_states"]
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_().clone()
+    return ((hidden, *args[1:]), keys) if args else (args, keys | {"hidden_states": hidden})

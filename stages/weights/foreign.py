@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import re
+import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.errors import MistakeError
 from stages.files import BASE, read_json
+from stages.models.architecture import Architecture
 from stages.weights.adapter import FIX, PREFIX
-from stages.weights.places import tensors_of_peft
+from stages.weights.places import Places, parts_of_base, tensors_of_peft
 from stages.weights.tensor_file import TensorFile
 
 AGAIN = "copy the adapter again from where it is whole"
@@ -39,6 +43,7 @@ TAKEN = _words(
     "psoft_svd_lowrank_niter random_loc_seed random_seed scaling select_top sparsity target_svd_config "
     "use_cayley_neumann use_effective_conv2d use_idwt variant wavelet_family"
 )
+SCALES = _words("lora_alpha alpha alpha_pattern psoft_alpha scaling")  # which multiply what was learned
 NO_EFFECT = _words(  # on the weights of an adapter that is trained: where it comes from, and how it was trained
     "auto_mapping base_model_name_or_path inference_mode peft_version revision runtime_config task_type beta1 beta2 "
     "boft_dropout corda_config d_initial deft_dropout deltaT eva_config gralora_dropout hira_dropout "
@@ -127,25 +132,74 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {key} is no key of PEFT {importlib.metadata.version('peft')}; remove it if it says nothing of"
                 " the weights"
             )
+        for number in _numbers(value) if key in TAKEN else ():
+            if not abs(number) <= sys.float_info.max:  # a whole number may be larger
+                raise MistakeError(f"{path}: {key} has {number}, which is no finite number; correct it")
+            if key in SCALES and number <= 0:
+                raise MistakeError(
+                    f"{path}: {key} has {number}, by which the adapter does nothing or the opposite of what it learned;"
+                    " write the number that it was trained with (a negative weight in merge.weights takes it away)"
+                )
     return config
 
 
-def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
-    """PEFT's name for every tensor of an adapter's file, which are exactly those that PEFT would save.
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in a value of a configuration."""
+    if isinstance(value, dict | list):
+        return [number for each in (value.values() if isinstance(value, dict) else value) for number in _numbers(each)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
-    Wrappers of torch.compile, FSDP and multimodal models are left out of a name that has no place with them.
+
+def refuse_mistyped(path: Path, config: dict[str, Any]) -> None:
+    """Raise a MistakeError for a value of another type than PEFT gives to its key, of those that say something.
+
+    Of numbers it is not asked whether they are whole: PEFT itself takes `lora_alpha` otherwise too.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    from pydantic import TypeAdapter, ValidationError
+
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    defaults = {each.name: each.default for each in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
+    for key in (key for key in TAKEN if key in types and key in config and config[key] != defaults[key]):
+        is_pattern = dict in typing.get_args(types[key])  # AdaLoRA's has the directions that it kept
+        wanted: Any = dict[str, float | list[bool]] | None if is_pattern else types[key]
+        try:
+            TypeAdapter(wanted).validate_python(_with_ones(config[key]), strict=True)
+        except ValidationError as error:
+            told = " or ".join(dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors()))
+            raise MistakeError(
+                f"{path}: {key} is {config[key]!r}, where PEFT has {told}; correct it, its default is {defaults[key]!r}"
+            ) from None
+
+
+def _with_ones(value: Any) -> Any:
+    """A value with a 1, which is whole and not, for each of its numbers."""
+    if isinstance(value, dict):
+        return {key: _with_ones(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_ones(each) for each in value]
+    return 1 if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
+    """PEFT's name on the base for every tensor of an adapter's file, which are exactly those that PEFT would save.
+
+    Wrappers of torch.compile, FSDP and multimodal models are left out of a name that has no place with them. Where the
+    base is one of images and text, names may also be those of its text model alone.
 
     Args:
         file: adapter_model.safetensors, beside its configuration.
         config: that configuration.
 
     Raises:
-        MistakeError: PEFT refuses the configuration on this base, a tensor has no place or another shape, a place has
-            no tensor, or a number is not finite.
+        MistakeError: a value is of another type than PEFT's, PEFT refuses the configuration on this base, a tensor has
+            no place or another shape, a place has no tensor or is none of the text model's, or a number is not finite.
     """
-    wanted, known = tensors_of_peft(file.path.parent, config)
-    keys = [key for key in file if ORIGINAL not in key]
-    names = {key: next((name for name in _spellings(key) if name in known), key) for key in keys}
+    folder, keys = file.path.parent, [key for key in file if ORIGINAL not in key]
+    refuse_mistyped(folder / "adapter_config.json", config)
+    wanted, known, on_base = _places(folder, config, keys)
+    names = {key: _known(key, known) for key in keys}
     for key, name in names.items():
         shape, _ = file.specification(key)
         if name not in known:
@@ -169,9 +223,32 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
         )
     if len(set(names.values())) < len(names):
         raise MistakeError(f"{file.path} has several tensors for one place; save the adapter again by PEFT")
-    if any(key != name and TEXT in key for key, name in names.items()):
-        _refuse_patterns_of_wrappers(file.path.parent, config)
+    names = {key: on_base[name] for key, name in names.items()}
+    _refuse_other_patterns(folder, config, names)
+    _refuse_beside_text(file.path, names)
     return names
+
+
+def _places(folder: Path, config: dict[str, Any], keys: list[str]) -> Places:
+    """Those of the part of the base that has one for every tensor, else those of the base."""
+    first: Places | MistakeError | None = None
+    for part in parts_of_base():
+        try:
+            found: Places | MistakeError = tensors_of_peft(folder, config, part)
+        except MistakeError as mistake:
+            found = mistake
+        if isinstance(found, Places) and all(_known(key, found.shapes) in found.shapes for key in keys):
+            return found
+        first = first or found
+    if isinstance(first, Places):
+        return first
+    assert first is not None, "the base is a part of itself"
+    raise first
+
+
+def _known(key: str, known: dict[str, list[int]]) -> str:
+    """A tensor's name as PEFT knows it; as the file has it where it does not."""
+    return next((name for name in _spellings(key) if name in known), key)
 
 
 def _spellings(key: str) -> list[str]:
@@ -183,12 +260,41 @@ def _spellings(key: str) -> list[str]:
     return [key, ".".join(parts), *names, *magnitudes]
 
 
-def _refuse_patterns_of_wrappers(folder: Path, config: dict[str, Any]) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
-        if named := [pattern for pattern in config.get(key) or {} if TEXT in pattern]:
+def _refuse_other_patterns(folder: Path, config: dict[str, Any], names: dict[str, str]) -> None:
+    """Raise a MistakeError for a pattern that finds other modules by their names on the base than by those in the file.
+
+    Args:
+        folder: of the adapter.
+        config: its configuration.
+        names: of its tensors on the base, by those in the file.
+    """
+    for key, patterns in config.items():
+        for pattern in patterns if key.endswith("_pattern") and isinstance(patterns, dict) else ():
+            for own, name in names.items():
+                if _fits(pattern, _spellings(own)[2]) != _fits(pattern, name):
+                    raise MistakeError(
+                        f"{folder / 'adapter_config.json'}: {key} names {pattern!r}, which does not mean the same where"
+                        f" the base calls the module {name.removeprefix(PREFIX)}; write the end of its name alone, from"
+                        " `layers.` on"
+                    )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether PEFT would find the module of a tensor by a pattern (its `get_pattern_key`)."""
+    path = name.removeprefix(PREFIX)
+    ends = (end for end, sign in enumerate(path) if sign == ".")
+    return any(re.match(rf"(.*\.)?({pattern})$", path[:end]) for end in ends)
+
+
+def _refuse_beside_text(path: Path, names: dict[str, str]) -> None:
+    """Raise a MistakeError for a tensor of a module that is none of the text model's."""
+    modules = Architecture.of(BASE).modules.keys()
+    for key, name in names.items():
+        part = name.removeprefix(PREFIX).replace(".ln_tuning_layers.", ".")
+        if part != name and not any(part[:end] in modules for end, sign in enumerate(part) if sign == "."):
             raise MistakeError(
-                f"{folder / 'adapter_config.json'}: {key} names {named[0]!r}, and the base's modules are not inside a"
-                f" {TEXT}; remove that part of the name"
+                f"{path}: {key} is beside the text model, as a vision tower is, and Strata merges the text model alone;"
+                f" train the adapter with exclude_modules that names what is beside it, or {ELSEWHERE}"
             )
 
 

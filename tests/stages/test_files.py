@@ -12,8 +12,9 @@ import pytest
 
 from stages import errors
 from stages.errors import MistakeError
-from stages.files import FORMAT, publish, read_json, read_record, write_json, write_text
+from stages.files import BASE, FORMAT, REPORTS, publish, read_json, read_record, write_json, write_text
 from stages.methods import METHODS
+from stages.models.architecture import Architecture
 from stages.models.source import locate
 from stages.records.scorers import choose
 from stages.records.sources.file import LocalFile
@@ -45,9 +46,37 @@ def test_what_is_not_json_is_told(workspace, text):
 def test_what_is_missing_or_no_record_is_told(workspace):
     with pytest.raises(MistakeError, match=r"^a/stage.json is missing; run `dvc repro`$"):
         read_record(Path("a"))
-    write_json(Path("a/stage.json"), [])
-    with pytest.raises(MistakeError, match=r"^a has checkpoint format None, .* make it again with `dvc repro`"):
-        read_record(Path("a"))
+    write_json(Path("checkpoints/a/stage.json"), [])
+    with pytest.raises(MistakeError, match=r"^checkpoints/a/stage.json holds \[\] and no object; run `dvc repro`"):
+        read_record(Path("checkpoints/a"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", r"is not valid JSON \(.*\); run `dvc repro`, which makes it again"),
+        ("[]", r"holds \[\] and no object; run `dvc repro`, which makes it again"),
+        ("{}", r"has no 'modules'; run `dvc repro`, which makes it again"),
+        ('{"modules": {}}', r"has no 'model_type'; run `dvc repro`, which makes it again"),
+        ('{"modules": {"a": {}}}', r"tells of no architecture \(.*\); run `dvc repro`, which makes it again"),
+        ('{"modules": 3}', r"tells of no architecture \(.*\); run `dvc repro`, which makes it again"),
+    ],
+)
+def test_an_output_that_is_not_what_its_stage_wrote_is_told(workspace, text, sentence):
+    path = BASE / "architecture.json"
+    write_text(path, text)
+    with pytest.raises(MistakeError, match=f"^{path} {sentence}$"):
+        Architecture.of(BASE)
+
+
+def test_a_key_that_a_file_lacks_is_told_at_any_depth_and_is_a_key_error_still(workspace):
+    write_json(REPORTS / "evaluation.json", {"a": [{"b": {}}]})
+    content = read_json(REPORTS / "evaluation.json")
+    assert content == {"a": [{"b": {}}]} and content.get("c", 1) == 1 and "c" not in content["a"][0]
+    with pytest.raises(KeyError) as mistake:
+        content["a"][0]["b"]["c"]
+    assert isinstance(mistake.value, MistakeError)
+    assert str(mistake.value) == "reports/evaluation.json has no 'c'; run `dvc repro`, which makes it again"
 
 
 def test_a_checkpoint_of_another_format_is_refused(workspace):

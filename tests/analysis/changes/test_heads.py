@@ -17,8 +17,8 @@ def circuits(model, layer, head, config):
     """QK and OV of one head, [width, width]."""
     prefix = f"model.layers.{layer}.self_attn"
     q, k, v, o = (model.module(f"{prefix}.{part}_proj")["weight"].double().numpy() for part in "qkvo")
-    size = len(q) // config.num_attention_heads
-    group = head // (config.num_attention_heads // config.num_key_value_heads)
+    size = config.head_dim
+    group = head // (len(q) // len(k))
     own, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
     return q[own].T @ k[shared], o[:, own] @ v[shared]
 
@@ -49,12 +49,28 @@ def test_every_head_has_the_change_of_its_dense_circuits():
             assert row["ov"] == pytest.approx(relative(ov, new_ov), rel=1e-6)
 
 
-def test_where_queries_are_normalised_their_scale_does_not_count():
-    base, (one,), _, found = made("qwen3", one=("lora", "1"))
+@pytest.mark.parametrize("kind", ["qwen3", "hunyuan_v1_dense"])
+def test_where_queries_are_normalised_their_scale_does_not_count(monkeypatch, kind):
+    config = AutoConfig.for_model(kind, head_dim=8, **COMMON)
+    monkeypatch.setitem(ARCHITECTURES, kind, lambda: AutoModelForCausalLM.from_config(config))
+    base, (one,), _, found = made(kind, one=("lora", "1"))
     qk, new = (circuits(each, 1, 0, AutoConfig.from_pretrained(BASE))[0] for each in (base, one))
     best = (qk * new).sum() / (new * new).sum()
     row = found[(found["stage"] == "one") & (found["head"] == 0)].iloc[0]
     assert row["qk"] == pytest.approx(relative(qk, best * new), rel=1e-5)
+
+
+def test_layers_of_other_numbers_of_heads_have_a_row_for_each_of_theirs(monkeypatch):
+    heads = [4, 4, 8, 4]
+    keys = COMMON | {"head_dim": 8, "num_attention_heads_per_layer": heads, "num_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("laguna", **keys)
+    monkeypatch.setitem(ARCHITECTURES, "laguna", lambda: AutoModelForCausalLM.from_config(config))
+    base, (one,), _, found = made("laguna", one=("lora", {"v_proj": "1-2", "o_proj": "1-2"}))
+    rows = found[found["stage"] == "one"]
+    assert [list(rows[rows["layer"] == layer]["head"]) for layer in (1, 2)] == [[*range(4)], [*range(8)]]
+    for layer, head, ov in rows[["layer", "head", "ov"]].itertuples(index=False):
+        old, new = (circuits(each, layer, head, config)[1] for each in (base, one))
+        assert ov == pytest.approx(relative(old, new), rel=1e-6)
 
 
 def test_fused_attention_gates_beside_queries_and_stages_elsewhere_have_no_rows(monkeypatch):

@@ -1,6 +1,7 @@
 """Adapters that were trained elsewhere: PEFT's own merge is the truth."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, IA3Config, LoraConfig, PeftModel, VeloraConfig, VeraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from stages import train
 from stages.errors import MistakeError
@@ -20,8 +21,9 @@ from stages.merging.merged import Merged
 from stages.settings.merge import Merge
 from stages.training.launch import TORCHRUN
 from stages.weights.checkpoint import open_stages
-from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES
-from tests.conftest import MIXTURES, PARAMS, make_base, make_outside, make_stage
+from stages.weights.foreign import NO_EFFECT, REFUSED, TAKEN, TYPES, refuse_mistyped
+from tests.conftest import ARCHITECTURES, MIXTURES, PARAMS, make_base, make_outside, make_stage
+from tests.stages.models.test_every_architecture import whole_that_runs
 from tests.stages.training.test_loop import run_train
 from tools import check
 
@@ -237,6 +239,13 @@ def test_a_type_is_pefts_merge_bit_for_bit_whatever_its_keys_say(outside, kind):
         assert_stage_is(truth)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_value_of_another_type_is_refused_by_its_key(kind):
+    for key in KINDS[kind].__dataclass_fields__.keys() & set(TAKEN) - {"peft_type"}:
+        with pytest.raises(MistakeError, match=rf"^outside/adapter_config.json: {key} is \[\[1\]\], where PEFT has "):
+            refuse_mistyped(CONFIG, {"peft_type": kind, key: [[1]]})
+
+
 def test_every_key_of_pefts_is_judged_once():
     judged = [*TAKEN, *NO_EFFECT, *REFUSED]
     assert len(judged) == len(set(judged)) and KINDS.keys() == set(TYPES)
@@ -270,6 +279,72 @@ def test_names_of_other_tools_and_versions_are_those_of_peft(outside, old, new):
     assert all(old not in name.replace(new, "") for name in load_file(WEIGHTS)) and content(Path("outside")) != before
     imported()
     assert_stage_is(truth)
+
+
+def load_whole():
+    return AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
+
+
+def text_alone(model):
+    """The text model of one of images and text, as a causal language model that shares its weights."""
+    text = AutoModelForCausalLM.from_config(model.config.get_text_config())
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    return text
+
+
+def put_back(model, part):
+    """The weights of a part in the model that it is of."""
+    model.model.language_model = getattr(part, "model", part)
+    model.lm_head = getattr(part, "lm_head", model.lm_head)
+
+
+PARTS = {  # of a model of images and text: those that an adapter is put on, each with a module to save
+    "the whole": (lambda model: model, "lm_head"),
+    "its decoder": (lambda model: model.model.language_model, "norm"),
+    "its text model": (text_alone, "lm_head"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_a_text_model_is_taken_where_it_is_a_part_of_the_base(workspace, monkeypatch, part, dora):
+    monkeypatch.setitem(ARCHITECTURES, "llava", lambda: whole_that_runs("llava"))
+    make_base("llava")
+    find, saved = PARTS[part]
+    targets = r".*language_model.*(q_proj|up_proj)" if part == "the whole" else ["q_proj", "up_proj"]
+    keys = {"modules_to_save": [saved], "alpha_pattern": {"layers.1.self_attn.q_proj": 5}, "use_dora": dora}
+    make_outside("elsewhere", find(load_whole()), LoraConfig(target_modules=targets, r=2, **keys))
+    shutil.move("checkpoints/elsewhere", "outside")
+    model, before = load_whole(), load_whole().state_dict()
+    merged = PeftModel.from_pretrained(find(model), "outside").merge_and_unload()
+    if part != "the whole":
+        put_back(model, merged)
+    imported()
+    _, (stage,) = open_stages(["sums"])
+    paths = stage.base.architecture.modules
+    found = {f"{path}.{name}": each for path in paths for name, each in stage.module(path).items()}
+    assert all(torch.equal(found.get(name, weights), weights) for name, weights in model.state_dict().items())
+    moved = {name for name, weights in model.state_dict().items() if not torch.equal(weights, before[name])}
+    assert moved <= found.keys() and sum("q_proj" in name for name in moved) == stage.base.architecture.layers
+
+
+@pytest.mark.parametrize(
+    ("part", "keys", "sentence"),
+    [
+        ("the whole", {}, "q_proj.lora_A.weight is beside the text model, as a vision tower is, and Strata merges"),
+        ("the whole", {"modules_to_save": ["multi_modal_projector"]}, "linear_1.bias is beside the text model, as"),
+        ("its text model", {"alpha_pattern": {"^model.layers.1.self_attn.q_proj": 5}}, "does not mean the same where"),
+    ],
+)
+def test_what_is_beside_the_text_model_is_refused_in_one_sentence(workspace, monkeypatch, part, keys, sentence):
+    monkeypatch.setitem(ARCHITECTURES, "llava", lambda: whole_that_runs("llava"))
+    make_base("llava")
+    config = LoraConfig(target_modules=["q_proj"], r=2, **keys)
+    make_outside("elsewhere", PARTS[part][0](load_whole()), config)
+    shutil.move("checkpoints/elsewhere", "outside")
+    with pytest.raises(MistakeError) as mistake:
+        imported()
+    assert sentence in str(mistake.value) and not Path("checkpoints/sums").exists()
 
 
 def test_the_bases_own_weights_beside_trained_ones_are_left_out(outside):
@@ -441,7 +516,28 @@ def test_a_merged_adapter_is_imported_as_what_it_is(outside, method):
         (configured(lora_alpha=1e300), "", "outside: the adapter makes numbers of model.layers."),
         (configured(new_key=1), "", "outside/adapter_config.json: new_key is no key of PEFT"),
         (configured(r=4), "", "q_proj.lora_A.weight of [4, 32] that adapter_config.json makes on this base"),
-        (configured(lora_alpha="x"), "", "outside/adapter_config.json is refused by PEFT on this base"),
+        (configured(r=0), "", "outside/adapter_config.json is refused by PEFT on this base (`r` should be a positive"),
+        (configured(r=None), "", "r is None, where PEFT has a valid integer; correct it, its default is 8"),
+        (
+            configured(lora_alpha="8"),
+            "",
+            "outside/adapter_config.json: lora_alpha is '8', where PEFT has a valid integer",
+        ),
+        (
+            configured(lora_alpha=0),
+            "",
+            "outside/adapter_config.json: lora_alpha has 0, by which the adapter does nothing",
+        ),
+        (configured(lora_alpha=-8.0), "", "lora_alpha has -8.0, by which the adapter does nothing or the opposite"),
+        (configured(lora_alpha=math.nan), "", "lora_alpha has nan, which is no finite number; correct it"),
+        (configured(lora_alpha=10**400), "", "which is no finite number; correct it"),
+        (configured(alpha_pattern={"q_proj": 0}), "", "alpha_pattern has 0, by which the adapter does nothing"),
+        (
+            configured(rank_pattern={"q_proj": "4"}),
+            "",
+            "rank_pattern is {'q_proj': '4'}, where PEFT has a valid number",
+        ),
+        (configured(bias="lora"), "", "bias is 'lora', where PEFT has 'none', 'all' or 'lora_only'; correct it"),
         (configured(init_lora_weights="pissa_niter_4"), "", "init_lora_weights is 'pissa_niter_4', with which"),
         (configured(init_lora_weights="OLoRA"), "", "init_lora_weights is 'OLoRA', with which"),
         (configured(layer_replication=[[0, 4], [2, 4]]), "", "layer_replication is [[0, 4], [2, 4]], which makes"),

@@ -1,18 +1,27 @@
 """Frozen weights divided between two processes: against one that holds them all."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from stages import train
-from stages.files import CHECKPOINTS
+from stages.files import BASE, CHECKPOINTS
 from stages.project.params import load_params
 from stages.training.launch import TORCHRUN
-from stages.training.model import load_parent
+from stages.training.loop import Run
+from stages.training.model import load_parent, put_on
 from stages.training.protection import BASES
-from tests.stages.test_train import prepare, write
+from stages.training.shard import shard
+from tests.conftest import ROOT, make_tokenizer
+from tests.stages.models.test_every_architecture import ATTEMPTS, build
+from tests.stages.test_train import make_examples, make_stage, prepare, write
 from tests.stages.training.test_loop import curve_of, run_train
 
 # Accelerate knows FSDP on accelerators only. Here two processes of a CPU are told to do what they would do there, in
@@ -71,3 +80,52 @@ def test_divided_weights_give_the_curve_and_the_adapter_of_whole_ones(project, m
     assert {name: basis.shape for name, basis in again.items()} == {name: basis.shape for name, basis in bases.items()}
     held = [int(Path(f"held{process}").read_text()) for process in range(2)]
     assert frozen <= sum(held) < 1.1 * frozen
+
+
+UNEVEN = """
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from tests.stages.training.test_shard import uneven
+accelerator = Accelerator(cpu=True)
+save_file(uneven(accelerator), f"uneven{accelerator.process_index}.safetensors")
+accelerator.end_training()
+"""
+UNREACHED = [[], [0, 1, 2], [], [0]]  # by example: layers in which its tokens go to no expert that is trained
+
+
+def uneven(accelerator):
+    """What is trained of experts in two steps, of which each process gets every other example."""
+    stage = make_stage(layers={"mlp.experts": "all"}, micro_batch_size=1)
+    torch.manual_seed(0)
+    model = put_on(stage, AutoModelForCausalLM.from_pretrained(BASE), torch.float32)
+    biases = [values for name, values in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    if accelerator.num_processes > 1:
+        shard(model, accelerator)
+    run, examples = Run(model, stage, accelerator), make_examples(4)
+    whole_loss = run.loss
+
+    def loss(piece):
+        for layer, bias in enumerate(biases):  # the experts that give back what they get are the last four
+            bias[4:] = 10.0 if layer in UNREACHED[examples.index(piece[0])] else -10.0
+        return whole_loss(piece)
+
+    run.loss = loss
+    for step in range(2):
+        run.step([examples], step)
+    return {name: values.detach().clone() for name, values in run.trained.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_whose_tokens_reach_no_trained_expert_holds_up_no_other(workspace):
+    build("longcat_flash", ATTEMPTS[2] | {"zero_expert_num": 4, "num_layers": 3}).save_pretrained(BASE)
+    make_tokenizer().save_pretrained(BASE)
+    truth = uneven(Accelerator(cpu=True))
+    Path("uneven.py").write_text(UNEVEN)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", "uneven.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100
+    )
+    assert done.returncode == 0
+    for process in range(2):
+        found = load_file(f"uneven{process}.safetensors")
+        assert all(torch.allclose(found[name], truth[name], rtol=1e-4, atol=1e-6) for name in truth)
