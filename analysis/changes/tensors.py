@@ -85,6 +85,13 @@ def inner_products(deltas: list[torch.Tensor]) -> Matrix:
     return total.numpy()
 
 
+def spacing(values: torch.Tensor) -> torch.Tensor:
+    """Distance to the next number of the same dtype, float32; 0 for 0."""
+    exponents = torch.frexp(values.float()).exponent - 1
+    steps = torch.full(values.shape, torch.finfo(values.dtype).eps)
+    return torch.where(values == 0, 0.0, torch.ldexp(steps, exponents))
+
+
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """The largest difference of two tensors of one shape, 0 where they are equal to the bit."""
     return 0.0 if torch.equal(first, second) else float((first.double() - second.double()).abs().max())

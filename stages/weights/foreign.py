@@ -130,7 +130,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
+def names_in_peft(file: TensorFile, config: dict[str, Any], base: Path = BASE) -> dict[str, str]:
     """PEFT's name for every tensor of an adapter's file, which are exactly those that PEFT would save.
 
     Wrappers of torch.compile, FSDP and multimodal models are left out of a name that has no place with them.
@@ -138,12 +138,13 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
     Args:
         file: adapter_model.safetensors, beside its configuration.
         config: that configuration.
+        base: folder of the model that it is for.
 
     Raises:
         MistakeError: PEFT refuses the configuration on this base, a tensor has no place or another shape, a place has
             no tensor, or a number is not finite.
     """
-    wanted, known = tensors_of_peft(file.path.parent, config)
+    wanted, known = tensors_of_peft(file.path.parent, config, base)
     keys = [key for key in file if ORIGINAL not in key]
     names = {key: next((name for name in _spellings(key) if name in known), key) for key in keys}
     for key, name in names.items():
@@ -158,7 +159,7 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
         if shape != known[name]:
             raise MistakeError(
                 f"{file.path}: {key} is {shape}, which does not fit {name.removeprefix(PREFIX)} of {known[name]} that"
-                f" adapter_config.json makes on this base; {_fix_of_shape(shape, known[name])}"
+                f" adapter_config.json makes on this base; {_fix_of_shape(shape, known[name], base)}"
             )
         if not file.read(key).float().isfinite().all():
             raise MistakeError(f"{file.path}: {key} has numbers that are not finite; take an adapter that trained well")
@@ -204,12 +205,12 @@ def _fix_of_name(key: str) -> str:
     return FIX
 
 
-def _fix_of_shape(shape: list[int], wanted: list[int]) -> str:
+def _fix_of_shape(shape: list[int], wanted: list[int], base: Path) -> str:
     sizes = [pair for pair in zip(shape, wanted, strict=False) if pair[0] != pair[1]]
-    if len(shape) == len(wanted) and len(sizes) == 1 and wanted[0] == _vocabulary():
+    if len(shape) == len(wanted) and len(sizes) == 1 and wanted[0] == _vocabulary(base):
         return "where tokens were added to its base, give that base with its embedding resized as base.model"
     return f"correct that file, or {FIX}"
 
 
-def _vocabulary() -> int:
-    return read_json(BASE / "config.json").get("vocab_size", 0)
+def _vocabulary(base: Path) -> int:
+    return read_json(base / "config.json").get("vocab_size", 0)

@@ -10,7 +10,7 @@ from stages.models.architecture import empty_model
 from stages.weights.adapter import FIX
 
 
-def tensors_of_peft(folder: Path, config: dict[str, Any]) -> tuple[set[str], dict[str, list[int]]]:
+def tensors_of_peft(folder: Path, config: dict[str, Any], base: Path = BASE) -> tuple[set[str], dict[str, list[int]]]:
     """Names that PEFT would save for an adapter's configuration on the base, and shapes of all that it would load.
 
     Raises:
@@ -20,7 +20,7 @@ def tensors_of_peft(folder: Path, config: dict[str, Any]) -> tuple[set[str], dic
 
     import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
-    model = empty_model(BASE)
+    model = empty_model(base)
     if config["peft_type"] == "SHIRA":
         model.to_empty(device="cpu")  # its mask cannot be drawn on the meta device
     try:
