@@ -128,8 +128,10 @@ def _judge_adapter(verified: Verified, number: int) -> Iterator[str]:
     uneven = [t for t in present if not _is_near(t, number, usual, EVEN)]
     is_odd = bool(uneven) or not verified.least <= usual <= 1 + EVEN
     mistakes = _mistakes(adapter.adapter, present, is_odd) if is_odd or verified.expect is None else []
-    if told := [text for text, factors in mistakes if _fits(present, number, factors)]:
-        yield f"{name} is in {file} by {usual:.2f}, as where {', or '.join(told)}; if not meant, merge it again"
+    if told := [text for text, wrong in mistakes if _fits(present, number, wrong)]:
+        factors = sorted(float(t.solved.held[number]) for t in present)
+        by = f"{factors[0]:.2f} to {factors[-1]:.2f}" if uneven else f"{usual:.2f}"
+        yield f"{name} is in {file} by {by}, as where {', or '.join(told)}; if not meant, merge it again"
     elif uneven:
         yield (
             f"{name} is in {file} by {solve(uneven).held[number]:.2f} in {_where(uneven, mine, adapter)}, and by"
@@ -178,7 +180,8 @@ def _judge_rest(verified: Verified) -> Iterator[str]:
 def _mistakes(adapter: Adapter, tensors: list[Fitted], is_odd: bool) -> Iterator[tuple[str, list[float]]]:
     """Known ways to a wrong factor, and what each makes it in every tensor; some only where the factor is odd."""
     yield "it is applied twice", [2.0] * len(tensors)
-    config, ranks = adapter.config, [adapter.rank(tensor.path) or 0 for tensor in tensors]
+    config = adapter.config
+    ranks = [adapter.rank(tensor.path) or 0 if tensor.path in adapter.modules else 0 for tensor in tensors]
     if config["peft_type"] != "LORA" or not all(ranks):
         return
     if config.get("use_rslora"):
