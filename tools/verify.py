@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
-from analysis.changes.verified import Fitted, fit, names_apart, shape_of, solve
+from analysis.changes.verified import Apart, Fitted, fit, set_apart, solve
 from analysis.telling.text import percent
 from analysis.telling.verdict import Verified, by_kind, judge, listed, several
 from stages.errors import MistakeError, first_line
 from stages.files import ADAPTER, read_record, rounded
 from stages.models.architecture import describe, empty_model
-from stages.models.names import full_name, pieces_of, weight_files
+from stages.models.names import pieces_of, weight_files
 from stages.training.importing import try_out
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.foreign import names_in_peft, read_config
@@ -80,6 +80,11 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
     Raises:
         MistakeError: the base or an adapter is none, or the file is not there.
     """
+    names = short_names(folders)
+    if same := next((name for name in names if names.count(name) > 1), ""):
+        raise MistakeError(f"--adapter has {same} twice; name each once, in folders of different names")
+    if expect is not None and not expect >= 0:
+        raise MistakeError(f"--expect is {expect}; write a number from 0, such as 0.9")
     if not file.exists():
         raise MistakeError(f"{file} is not there; name a .safetensors file, or the folder of a model")
     model = _model(base)
@@ -95,12 +100,12 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
         second = _opened(file, model)
     except MistakeError as mistake:  # as of a file that is cut short
         return verified, [str(mistake)]
-    missing, extra = names_apart(first, second)
-    if parts := [name for name in extra if ".base_layer." in name or ".lora_" in name]:
+    apart = set_apart(first, second)
+    if parts := [name for name in apart.extra if ".base_layer." in name or ".lora_" in name]:
         beside = f"{file} has an adapter beside its weights, as {parts[0]}; save what merge_and_unload returns"
         return verified, [beside]
-    findings = [*_misfits(verified, first, second, missing, extra), *_ties(verified, first, second)]
-    verified.tensors.extend(fit(first, second, adapters))
+    findings = [*_misfits(verified, apart, is_file=file.is_file()), *_ties(verified, first, second)]
+    verified.tensors.extend(fit(first, second, adapters, apart))
     return verified, [*findings, *(judge(verified) if verified.tensors else [])]
 
 
@@ -121,8 +126,8 @@ def _model(base: Path) -> PreTrainedModel:
 
 def _opened(path: Path, model: PreTrainedModel) -> Checkpoint:
     """A file, or a folder of several, whose tensors are found as transformers would find them for a model."""
-    if not weight_files(path):
-        raise MistakeError(f"{path} holds no model.safetensors and no index of several files; name the file itself")
+    if not any(name for file in weight_files(path) for name in TensorFile(file, AGAIN)):
+        raise MistakeError(f"{path} holds no tensors in model.safetensors or files of its index; name the file itself")
     checkpoint = Checkpoint(path, path.name, fix=AGAIN)
     shapes = {name: checkpoint.file(name).specification(name)[0] for name in checkpoint.stored_names}
     checkpoint.architecture = describe(model, pieces_of(model, shapes))
@@ -148,27 +153,24 @@ def _adapter(folder: Path, name: str, base: Checkpoint, room: Path) -> VirtualCh
     return VirtualCheckpoint(name, base, folder)
 
 
-def _misfits(
-    verified: Verified, base: Checkpoint, file: Checkpoint, missing: list[str], extra: list[str]
-) -> Iterator[str]:
-    """Names and shapes that are not the base's; `missing` and `extra` are those from `names_apart`."""
-    told = verified.file
+def _misfits(verified: Verified, apart: Apart, is_file: bool) -> Iterator[str]:
+    """Names, shapes and dtypes that are not the base's."""
+    file, base = verified.file, verified.base
+    missing, extra = apart.missing, apart.extra
     if prefix := next((e.removesuffix(m) for m in missing for e in extra if e.endswith(f".{m}")), ""):
         yield (
-            f"{told} has {prefix} before the names of its tensors, under which nothing loads them; save the model that"
+            f"{file} has {prefix} before the names of its tensors, under which nothing loads them; save the model that"
             " is inside"
         )
     else:
         if missing:
-            hint = "name its folder if it has several files" if file.folder.is_file() else "write it again whole"
-            yield f"{told} lacks {several(missing)}, which {verified.base} has; {hint}"
+            hint = "name its folder if it has several files" if is_file else "write it again whole"
+            yield f"{file} lacks {several(missing)}, which {base} has; {hint}"
         if extra:
-            yield f"{told} has {several(extra)}, which {verified.base} has not; name the base that has"
-    for path, parameters in base.modules.items():
-        for name in (full_name(path, parameter) for parameter in parameters):
-            shape = base.specification(name)[0]
-            if (found := shape_of(file, name)) not in (None, shape):
-                yield f"{told} has {name} as {found}, and {verified.base} as {shape}; name the base that has it so"
+            yield f"{file} has {several(extra)}, which {base} has not; name the base that has"
+    if apart.unlike:
+        told = next(iter(apart.unlike.values()))
+        yield f"{file} has {several(list(apart.unlike))}, {told} as {base}; name the base that is like it"
 
 
 def _ties(verified: Verified, base: Checkpoint, file: Checkpoint) -> Iterator[str]:

@@ -87,9 +87,8 @@ def inner_products(deltas: list[torch.Tensor]) -> Matrix:
 
 def spacing(values: torch.Tensor) -> torch.Tensor:
     """Distance to the next number of the same dtype, float32; 0 for 0."""
-    exponents = torch.frexp(values.float()).exponent - 1
-    steps = torch.full(values.shape, torch.finfo(values.dtype).eps)
-    return torch.where(values == 0, 0.0, torch.ldexp(steps, exponents))
+    powers = (values.float().view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, by the exponent's bits
+    return powers * torch.finfo(values.dtype).eps
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from stages.models.architecture import Architecture
 from stages.models.names import COMPUTED, full_name
 from stages.weights.adapter import Tensors
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
+from stages.weights.tensor_file import DTYPES
 
 BY_GROUP = ("norms", "experts", "router")  # groups whose modules go by one name here
 
@@ -118,23 +119,47 @@ def solve(tensors: Iterable[Fitted]) -> Solved:
     return Solved(held, right, error, *rests)
 
 
-def names_apart(base: Checkpoint, file: Checkpoint) -> tuple[list[str], list[str]]:
-    """Names of what the file lacks of the base, and of what it has beside it; tied weights may be there or not."""
+@dataclass(frozen=True)
+class Apart:
+    """What of two models cannot be compared.
+
+    Attributes:
+        missing: names of what the file lacks of the base; tied weights may be there or not.
+        extra: names of what it has beside.
+        unlike: in words, what sets a parameter apart, by name.
+    """
+
+    missing: list[str]
+    extra: list[str]
+    unlike: dict[str, str]
+
+
+def set_apart(base: Checkpoint, file: Checkpoint) -> Apart:
+    """Hold names, shapes and dtypes of a file against the base's."""
     wanted, found = (
         {full_name(path, name) for path, names in model.modules.items() for name in names} for model in (base, file)
     )
     missing = {name for name in wanted - found if name.rpartition(".")[0] not in file.tied}
     extra = found - wanted - {f"{head}.weight" for head in base.tied}
-    return tuple(sorted(name for name in names if not name.endswith(COMPUTED)) for names in (missing, extra))  # type: ignore[return-value]
+    unlike = {}
+    for name in sorted(wanted - missing):
+        (shape, dtype), (own_shape, own) = file.specification(name), base.specification(name)
+        if shape != own_shape:
+            unlike[name] = f"as {shape}, and not {own_shape}"
+        elif DTYPES[own].is_floating_point and not DTYPES[dtype].is_floating_point:
+            unlike[name] = f"in {dtype}, and not {own}"
+    lacking, beside = (sorted(n for n in names if not n.endswith(COMPUTED)) for names in (missing, extra))
+    return Apart(lacking, beside, unlike)
 
 
-def fit(base: Checkpoint, file: Checkpoint, adapters: list[VirtualCheckpoint]) -> Iterator[Fitted]:
-    """Every parameter that both have in one shape, one module in memory at a time.
+def fit(base: Checkpoint, file: Checkpoint, adapters: list[VirtualCheckpoint], apart: Apart) -> Iterator[Fitted]:
+    """Every parameter that can be compared, one module in memory at a time.
 
     Args:
         base: what the file is to be made of.
         file: named as the base in memory.
         adapters: those whose changes are looked for.
+        apart: what cannot be compared.
     """
     for path, sources in _modules(base, file).items():
         deltas = {
@@ -144,15 +169,19 @@ def fit(base: Checkpoint, file: Checkpoint, adapters: list[VirtualCheckpoint]) -
         }
         for parameter in base.parameters(path):
             name = full_name(path, parameter)
-            if shape_of(file, name) != base.specification(name)[0]:
+            if name in apart.unlike or name in apart.missing:
                 continue
-            own = {number: delta[parameter] for number, delta in deltas.items() if parameter in delta}
             yield Fitted(
                 path=path,
                 parameter=parameter,
                 kind=_kind(base.architecture, path, parameter),
                 layer=base.architecture.place(path)[0],
-                **_products(base.stored(name), file.stored(name), own, len(adapters)),
+                **_products(
+                    base.stored(name),
+                    file.stored(name),
+                    {number: delta[parameter] for number, delta in deltas.items() if parameter in delta},
+                    len(adapters),
+                ),
             )
 
 
@@ -173,12 +202,17 @@ def _delta(adapter: VirtualCheckpoint, paths: list[str]) -> Tensors:
     return delta_of(adapter, path, adapter.adapter.factors(path))
 
 
-def shape_of(file: Checkpoint, name: str) -> list[int] | None:
-    """Of a parameter; None where the file lacks it."""
-    try:
-        return file.specification(name)[0]
-    except KeyError:
-        return None
+def as_in_base(base: Checkpoint, file: Checkpoint, name: str) -> str:
+    """What sets a file's parameter apart from one that can be compared, in words; "" where nothing does.
+
+    Raises:
+        KeyError: the file lacks it.
+    """
+    (shape, dtype), (wanted, kind) = file.specification(name), base.specification(name)
+    if shape != wanted:
+        return f"of {shape} and not {wanted}"
+    is_rounded = DTYPES[kind].is_floating_point and not DTYPES[dtype].is_floating_point
+    return f"in {dtype} and not {kind}, as a quantised model" if is_rounded else ""
 
 
 def _kind(architecture: Architecture, path: str, parameter: str) -> str:
@@ -192,25 +226,22 @@ def _products(stored: torch.Tensor, file: torch.Tensor, deltas: dict[int, torch.
     """The numbers of `Fitted`; `stored` is the base's and `file` the file's, each in its dtype, the deltas float32."""
     is_base = torch.equal(stored.to(file.dtype), file)
     digits = file.dtype if is_base else _digits(file)
+    is_rounded = _is_coarser(digits, stored.dtype)
     size, noise, lost, is_finite = 0.0, 0.0, 0.0, True
     gram = torch.zeros(count + 2, count + 2, dtype=torch.float64)
     rows = torch.tensor([*deltas, count, count + 1])
-    if deltas or not is_base:
-        is_rounded = _is_coarser(digits, stored.dtype)
-        for weight, values, *changes in chunks(stored, file, *deltas.values()):
-            is_finite &= bool((values.isfinite() | ~weight.isfinite()).all())
-            start, room = weight.to(digits).float(), _spacing(values.to(digits))
-            exact = weight.float() + sum(changes)
-            right = _rounded(exact, digits) if changes else start
-            held = values.float() - start
-            if is_rounded and not deltas:  # however the base was rounded
-                held = torch.where(held.abs() <= room, 0, held)
-            stacked = torch.stack([*changes, right - start, held]).nan_to_num().double()
-            gram[rows[:, None], rows] += stacked @ stacked.T
-            size += float(weight.double() @ weight.double())
-            noise += float(room.double() @ room.double()) / 4
-            lost += float((right - exact).double() @ (right - exact).double())
-    if not is_finite:
+    for weight, values, *changes in chunks(stored, file, *deltas.values()) if deltas or not is_base else ():
+        start, room = weight.to(digits).float(), _spacing(values, digits)
+        exact = weight.float() + sum(changes)
+        right = _rounded(exact, digits) if changes else start
+        held = values.float() - start
+        if is_rounded and not deltas:  # however the base was rounded
+            held = torch.where(held.abs() <= room, 0, held)
+        stacked = torch.stack([*changes, right - start, held])
+        gram[rows[:, None], rows] += (stacked @ stacked.T).double()
+        size, noise, lost = size + _squares(weight.float()), noise + _squares(room) / 4, lost + _squares(right - exact)
+    if not gram.isfinite().all():
+        is_finite = not bool((stored.isfinite() & ~file.isfinite()).any())
         gram.zero_()
     return {
         "entries": file.numel(),
@@ -238,11 +269,15 @@ def _is_coarser(one: torch.dtype, other: torch.dtype) -> bool:
     return one.is_floating_point and other.is_floating_point and torch.finfo(one).eps > torch.finfo(other).eps
 
 
-def _spacing(values: torch.Tensor) -> torch.Tensor:
-    return spacing(values) if values.is_floating_point() else torch.zeros(values.shape)
+def _squares(values: torch.Tensor) -> float:
+    return float(values @ values)
+
+
+def _spacing(values: torch.Tensor, digits: torch.dtype) -> torch.Tensor:
+    return spacing(values.to(digits)) if digits.is_floating_point else torch.zeros(values.shape)
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to a dtype of floats, and to its largest number where it has none so large; float32."""
-    limits = torch.finfo(dtype)
-    return values.clamp(limits.min, limits.max).to(dtype).float()
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp(-largest, largest).to(dtype).float()

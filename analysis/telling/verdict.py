@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from analysis.changes.verified import Fitted, solve
+from analysis.changes.verified import Fitted, Solved, solve
 from analysis.telling.text import in_layers, percent
 from stages.models.architecture import OUTSIDE
 from stages.weights.adapter import Adapter
@@ -137,10 +137,10 @@ def _judge_adapter(verified: Verified, number: int) -> Iterator[str]:
             f"{name} is in {file} by {solve(uneven).held[number]:.2f} in {_where(uneven, mine, adapter)}, and by"
             f" {usual:.2f} elsewhere; if not meant, merge it again"
         )
-    elif usual < verified.least and usual < (1 - EVEN) * right:
+    elif usual < verified.least - NONE and not _is_lost(whole, number, verified.least):
         yield (
             f"{name} is in {file} by {usual:.2f}, and the least is {verified.least:.2f}; merge it again, or give"
-            f" --expect {usual - 0.005:.2f} if that is its weight"
+            f" --expect {usual - NONE:.2f} if that is its weight"
         )
     yield from _judge_rounding(verified, number, [tensor for tensor in mine if tensor not in absent])
 
@@ -149,8 +149,7 @@ def _judge_rounding(verified: Verified, number: int, mine: list[Fitted]) -> Iter
     """Whether the file's dtype is too coarse for some kinds of modules that an adapter changes."""
     lost: list[Fitted] = []
     for tensors in by_kind(mine).values():
-        found = solve(tensors)
-        if max(found.held[number], found.right[number]) < min(verified.least, ENOUGH):
+        if _is_lost(solve(tensors), number, verified.least):
             lost += tensors
     if lost:
         found, adapter = solve(lost), verified.adapters[number]
@@ -207,6 +206,12 @@ def by_kind(tensors: list[Fitted]) -> dict[str, list[Fitted]]:
 
 def _is_none(factor: float, error: float) -> bool:
     return abs(factor) <= NONE + ERRORS * error
+
+
+def _is_lost(solved: Solved, number: int, least: float) -> bool:
+    """Whether a right merge has less of an adapter than there must be, and the file has about that."""
+    held, right = solved.held[number], solved.right[number]
+    return bool(right < min(least, 1) - NONE and (1 - EVEN) * right - NONE <= held < least)
 
 
 def _is_near(tensor: Fitted, number: int, factor: float, tolerance: float) -> bool:

@@ -279,7 +279,12 @@ FAULTS = {  # settings of the adapter, what is done to its right merge, and the 
     "fewer words": (
         {},
         lambda: edit(lambda tensors, _: tensors | {"lm_head.weight": torch.ones(100, 32)}),
-        "merged has lm_head.weight as [100, 32], and checkpoints/base as [128, 32];",
+        "merged has lm_head.weight, as [100, 32], and not [128, 32] as checkpoints/base;",
+    ),
+    "whole numbers": (
+        {},
+        lambda: edit(lambda tensors, _: tensors | {"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}),
+        "merged has lm_head.weight, in I8, and not F32 as checkpoints/base; name the base that is like it",
     ),
     "a prefix": ({}, lambda: edit(rename), "merged has base_model.model. before the names of its tensors, under which"),
     "not merged": (
