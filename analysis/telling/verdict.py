@@ -17,6 +17,7 @@ from stages.weights.checkpoint import VirtualCheckpoint
 
 ENOUGH = 0.9  # of one adapter; of several each a part, so that their average passes
 HOLDS = 0.3  # of a change a right merge must hold so that its tensor is judged by itself
+HALF = 0.5  # of a change in a kind of modules that rounding may take
 EVEN = 0.1  # how far factors may be apart, as a share
 NONE = 0.01  # a factor that is none
 ERRORS = 5  # standard errors that chance may make
@@ -57,7 +58,7 @@ class Verified:
         counts: Counter[torch.dtype] = Counter()
         for tensor in [tensor for tensor in self.tensors if tensor.is_adapted] or self.tensors:
             counts[tensor.dtype] += tensor.entries
-        return told(counts.most_common(1)[0][0])
+        return written(counts.most_common(1)[0][0])
 
     def of(self, number: int) -> list[Fitted]:
         """Tensors that an adapter changes."""
@@ -68,8 +69,9 @@ def judge(verified: Verified) -> Iterator[str]:
     """A sentence for each thing that is not as it should be, and what to do about it."""
     if broken := [tensor for tensor in verified.tensors if not tensor.is_finite]:
         yield f"{verified.file} has numbers that are not finite in {_these(broken)}; write it again"
-    if not any(tensor.is_changed for tensor in verified.sound):
-        yield _untouched(verified)
+    adapted = [tensor for tensor in verified.sound if tensor.is_adapted]
+    if adapted and not any(tensor.is_changed for tensor in verified.sound):
+        yield _untouched(verified, adapted)
     elif strange := _of_another_base(verified):
         yield (
             f"either {verified.base} is not what {verified.file} was made of, or a training of all of it is not among"
@@ -81,11 +83,10 @@ def judge(verified: Verified) -> Iterator[str]:
         yield from _judge_rest(verified)
 
 
-def _untouched(verified: Verified) -> str:
+def _untouched(verified: Verified, adapted: list[Fitted]) -> str:
     names = listed([adapter.name for adapter in verified.adapters])
-    adapted = [tensor for tensor in verified.sound if tensor.is_adapted]
     fix = "save what merge_and_unload returns, and not the model before it"
-    if adapted and not np.nanmax(solve(adapted).right) > HOLDS:
+    if not np.nanmax(solve(adapted).right) > HOLDS:
         fix = f"{verified.dtype} is too coarse for a change so small, so write float32"
     return (
         f"nothing of {names} is in {verified.file}: all {len(verified.sound)} tensors that were compared are those of"
@@ -125,37 +126,45 @@ def _judge_adapter(verified: Verified, number: int) -> Iterator[str]:
             f"{name} is left out of {_where(absent, mine, adapter)}, and is in {file} elsewhere by {usual:.2f}; merge"
             " these too"
         )
+    yield from _judge_factor(verified, number, present, usual)
+    yield from _judge_rounding(verified, number, [tensor for tensor in mine if tensor not in absent])
+
+
+def _judge_factor(verified: Verified, number: int, present: list[Fitted], usual: float) -> Iterator[str]:
+    """Whether an adapter's factor is the same in all tensors that it is in, no known mistake's, and enough."""
+    adapter, mine = verified.adapters[number], verified.of(number)
+    name, file = adapter.name, verified.file
     uneven = [t for t in present if not _is_near(t, number, usual, EVEN)]
     is_odd = bool(uneven) or not verified.least <= usual <= 1 + EVEN
     mistakes = _mistakes(adapter.adapter, present, is_odd) if is_odd or verified.expect is None else []
-    if told := [text for text, wrong in mistakes if _fits(present, number, wrong)]:
+    if reasons := [text for text, wrong in mistakes if _fits(present, number, wrong)]:
         factors = sorted(float(t.solved.held[number]) for t in present)
         by = f"{factors[0]:.2f} to {factors[-1]:.2f}" if uneven else f"{usual:.2f}"
-        yield f"{name} is in {file} by {by}, as where {', or '.join(told)}; if not meant, merge it again"
+        yield f"{name} is in {file} by {by}, as where {', or '.join(reasons)}; if not meant, merge it again"
     elif uneven:
         yield (
             f"{name} is in {file} by {solve(uneven).held[number]:.2f} in {_where(uneven, mine, adapter)}, and by"
             f" {usual:.2f} elsewhere; if not meant, merge it again"
         )
-    elif usual < verified.least - NONE and not _is_lost(whole, number, verified.least):
+    elif usual < verified.least - NONE and not _is_lost(solve(mine), number, verified.least):
         yield (
             f"{name} is in {file} by {usual:.2f}, and the least is {verified.least:.2f}; merge it again, or give"
             f" --expect {usual - NONE:.2f} if that is its weight"
         )
-    yield from _judge_rounding(verified, number, [tensor for tensor in mine if tensor not in absent])
 
 
 def _judge_rounding(verified: Verified, number: int, mine: list[Fitted]) -> Iterator[str]:
-    """Whether the file's dtype is too coarse for some kinds of modules that an adapter changes."""
-    lost: list[Fitted] = []
-    for tensors in by_kind(mine).values():
-        if _is_lost(solve(tensors), number, verified.least):
-            lost += tensors
+    """Whether the file's dtype is too coarse for what an adapter changes, or takes most of it in a kind of modules."""
+    least = ENOUGH if verified.expect is None else verified.expect
+    lost = mine
+    if not _is_lost(solve(mine), number, least):
+        kinds = by_kind(mine).values()
+        lost = [tensor for kind in kinds if _is_lost(solve(kind), number, min(least, HALF)) for tensor in kind]
     if lost:
         found, adapter = solve(lost), verified.adapters[number]
         yield (
             f"{adapter.name} is in {verified.file} by {found.held[number]:.2f} in {_where(lost, mine, adapter)}, for"
-            f" {told(lost[0].dtype)} is too coarse: a right merge would have {found.right[number]:.2f} there; write"
+            f" {written(lost[0].dtype)} is too coarse: a right merge would have {found.right[number]:.2f} there; write"
             " float32"
         )
 
@@ -277,7 +286,7 @@ def _distance(tensors: list[Fitted]) -> str:
     return percent((_rest(tensors) / (sum(tensor.size for tensor in tensors) or np.nan)) ** 0.5)
 
 
-def told(dtype: torch.dtype) -> str:
+def written(dtype: torch.dtype) -> str:
     """Such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
