@@ -80,9 +80,6 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
     Raises:
         MistakeError: the base or an adapter is none, or the file is not there.
     """
-    names = short_names(folders)
-    if same := next((name for name in names if names.count(name) > 1), ""):
-        raise MistakeError(f"--adapter has {same} twice; name each once, in folders of different names")
     if expect is not None and not expect >= 0:
         raise MistakeError(f"--expect is {expect}; write a number from 0, such as 0.9")
     if not file.exists():
@@ -92,9 +89,7 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
     known, stored = first.architecture, first.stored_names
     copies = [name for name in known.tied if known.pieces.get(name, [(name, [])])[0][0] in stored]
     first.architecture = dataclasses.replace(known, copies=copies)
-    adapters = [_adapter(folder, name, first, room) for folder, name in zip(folders, short_names(folders), strict=True)]
-    for adapter, folder in zip(adapters, folders, strict=True):
-        try_out(adapter.adapter, first, folder)
+    adapters = _adapters(folders, first, room)
     verified = Verified(str(file), str(base), adapters, [], expect)
     try:
         second = _opened(file, model)
@@ -132,6 +127,17 @@ def _opened(path: Path, model: PreTrainedModel) -> Checkpoint:
     shapes = {name: checkpoint.file(name).specification(name)[0] for name in checkpoint.stored_names}
     checkpoint.architecture = describe(model, pieces_of(model, shapes))
     return checkpoint
+
+
+def _adapters(folders: list[Path], base: Checkpoint, room: Path) -> list[VirtualCheckpoint]:
+    """Adapters on the base, each tried on it."""
+    names = short_names(folders)
+    if same := next((name for name in names if names.count(name) > 1), ""):
+        raise MistakeError(f"--adapter has {same} twice; name each once, in folders of different names")
+    adapters = [_adapter(folder, name, base, room) for folder, name in zip(folders, names, strict=True)]
+    for adapter, folder in zip(adapters, folders, strict=True):
+        try_out(adapter.adapter, base, folder)
+    return adapters
 
 
 def _adapter(folder: Path, name: str, base: Checkpoint, room: Path) -> VirtualCheckpoint:
@@ -191,7 +197,7 @@ def sum_up(verified: Verified) -> str:
     sizes = " + ".join(
         f"{solved.held[number]:.2f} × {verified.adapters[number].name}" for number, solved in enumerate(factors)
     )
-    told = f"{verified.file} is {verified.base} + {sizes}, in {verified.dtype}, and nothing else"
+    told = f"{verified.file} is {verified.base} + {sizes}, rounded to {verified.dtype}, and nothing else"
     lost = {a.name: 1 - solved.right[n] for n, (a, solved) in enumerate(zip(verified.adapters, factors, strict=True))}
     taken = [f"{percent(share)} of {name}" for name, share in lost.items() if share >= WORTH_TELLING]
     return f"{told}; rounding takes {listed(taken)}" if taken else told

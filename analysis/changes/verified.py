@@ -142,7 +142,9 @@ def set_apart(base: Checkpoint, file: Checkpoint) -> Apart:
     missing = {name for name in wanted - found if name.rpartition(".")[0] not in file.tied}
     extra = found - wanted - {f"{head}.weight" for head in base.tied}
     unlike = {}
-    for name in sorted(wanted - missing):
+    for name in (full_name(path, name) for path in _modules(base, file) for name in base.parameters(path)):
+        if name in missing:
+            continue
         (shape, dtype), (own_shape, own) = file.specification(name), base.specification(name)
         if shape != own_shape:
             unlike[name] = f"as {shape}, and not {own_shape}"
@@ -200,19 +202,6 @@ def _delta(adapter: VirtualCheckpoint, paths: list[str]) -> Tensors:
     """What an adapter changes in the first of these modules that it changes; they are stored as one."""
     path = next(path for path in paths if path in adapter.adapter.modules)
     return delta_of(adapter, path, adapter.adapter.factors(path))
-
-
-def as_in_base(base: Checkpoint, file: Checkpoint, name: str) -> str:
-    """What sets a file's parameter apart from one that can be compared, in words; "" where nothing does.
-
-    Raises:
-        KeyError: the file lacks it.
-    """
-    (shape, dtype), (wanted, kind) = file.specification(name), base.specification(name)
-    if shape != wanted:
-        return f"of {shape} and not {wanted}"
-    is_rounded = DTYPES[kind].is_floating_point and not DTYPES[dtype].is_floating_point
-    return f"in {dtype} and not {kind}, as a quantised model" if is_rounded else ""
 
 
 def _kind(architecture: Architecture, path: str, parameter: str) -> str:

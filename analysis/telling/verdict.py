@@ -138,13 +138,12 @@ def _judge_factor(verified: Verified, number: int, present: list[Fitted], usual:
     is_odd = bool(uneven) or not verified.least <= usual <= 1 + EVEN
     mistakes = _mistakes(adapter.adapter, present, is_odd) if is_odd or verified.expect is None else []
     if reasons := [text for text, wrong in mistakes if _fits(present, number, wrong)]:
-        factors = sorted(float(t.solved.held[number]) for t in present)
-        by = f"{factors[0]:.2f} to {factors[-1]:.2f}" if uneven else f"{usual:.2f}"
-        yield f"{name} is in {file} by {by}, as where {', or '.join(reasons)}; if not meant, merge it again"
+        factor, why = _span(present, number), ", or ".join(reasons)
+        yield f"{name} is in {file} by {factor}, as where {why}; if not meant, merge it again"
     elif uneven:
         yield (
-            f"{name} is in {file} by {solve(uneven).held[number]:.2f} in {_where(uneven, mine, adapter)}, and by"
-            f" {usual:.2f} elsewhere; if not meant, merge it again"
+            f"{name} is in {file} by {_span(uneven, number)} in {_where(uneven, mine, adapter)}, and by {usual:.2f}"
+            " elsewhere; if not meant, merge it again"
         )
     elif usual < verified.least - NONE and not _is_lost(solve(mine), number, verified.least):
         yield (
@@ -246,6 +245,15 @@ def _median(tensors: list[Fitted], number: int) -> float:
     ordered = sorted(tensors, key=lambda tensor: float(tensor.solved.held[number]))
     sizes = np.cumsum([tensor.gram[number, number] for tensor in ordered])
     return float(ordered[int(np.searchsorted(sizes, sizes[-1] / 2))].solved.held[number])
+
+
+def _span(tensors: list[Fitted], number: int) -> str:
+    """The factors of an adapter, from the least to the largest."""
+    factors = [float(tensor.solved.held[number]) for tensor in tensors]
+    least, largest = min(factors), max(factors)
+    return (
+        f"{least:.2f} to {largest:.2f}" if largest - least > EVEN * abs(largest) else f"{_median(tensors, number):.2f}"
+    )
 
 
 def _where(some: list[Fitted], tensors: list[Fitted], adapter: VirtualCheckpoint) -> str:

@@ -350,6 +350,23 @@ def test_a_head_that_the_file_ties_to_the_embedding_is_told(capsys):
     assert "merged has one weight for model.embed_tokens and lm_head, so that one, which changes lm_head alone" in told
 
 
+def test_a_head_of_its_own_is_compared_though_the_base_ties_it(capsys):
+    make_base("llama-tied")
+    adapt("one", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    merge("one")
+    own = load_file("one/adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"]
+    right = {"lm_head.weight": own, "model.embed_tokens.weight": embedding}
+    edit(lambda tensors, _: tensors | right)
+    passes(capsys, "--adapter", "one")
+    edit(lambda tensors, _: tensors | {"lm_head.weight": embedding})
+    assert verify("--adapter", "one") == "error: merged has 1 finding"
+    assert "- one is left out of lm_head (of modules_to_save)" in capsys.readouterr().out
+    edit(lambda tensors, _: tensors | {"lm_head.weight": embedding[:100].clone()})
+    assert verify("--adapter", "one") == "error: merged has 1 finding"
+    assert "- merged has lm_head.weight, as [100, 32], and not [128, 32] as checkpoints/base" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("file", "base", "adapter", "sentence"),
     [
