@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 from analysis.changes.verified import Apart, Fitted, fit, set_apart, solve
 from analysis.telling.text import percent
-from analysis.telling.verdict import Verified, by_kind, judge, listed, several
 from stages.errors import MistakeError, first_line
 from stages.files import ADAPTER, read_record, rounded
 from stages.models.architecture import describe, empty_model
@@ -30,6 +29,7 @@ from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.foreign import names_in_peft, read_config
 from stages.weights.tensor_file import TensorFile
 from tools.terminal import short_names
+from tools.verdict import Verified, by_kind, judge, listed, several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
