@@ -271,8 +271,8 @@ def _where(some: list[Fitted], tensors: list[Fitted], adapter: VirtualCheckpoint
 
 
 def _called(kind: str, tensors: list[Fitted], adapter: VirtualCheckpoint) -> str:
-    saved = tuple(f".{name}" for name in adapter.adapter.config.get("modules_to_save") or [])
-    is_saved = bool(saved) and all(f".{tensor.path}".endswith(saved) for tensor in tensors if tensor.kind == kind)
+    saved = tuple(adapter.adapter.config.get("modules_to_save") or [])  # ends of names, to PEFT
+    is_saved = all(tensor.path.endswith(saved) for tensor in tensors if tensor.kind == kind)
     return f"{kind} (of modules_to_save)" if is_saved else kind
 
 
