@@ -197,7 +197,10 @@ def sum_up(verified: Verified) -> str:
     sizes = " + ".join(
         f"{solved.held[number]:.2f} × {verified.adapters[number].name}" for number, solved in enumerate(factors)
     )
-    told = f"{verified.file} is {verified.base} + {sizes}, rounded to {verified.dtype}, and nothing else"
+    changed = sum(float(tensor.gram[-1, -1]) for tensor in verified.sound)
+    rest = sum(t.solved.rest - t.solved.rest_right for t in verified.sound if t.is_adapted) / changed
+    other = f"a rest of {percent(rest)} of what changed" if rest > WORTH_TELLING else "nothing else"
+    told = f"{verified.file} is {verified.base} + {sizes}, rounded to {verified.dtype}, and {other}"
     lost = {a.name: 1 - solved.right[n] for n, (a, solved) in enumerate(zip(verified.adapters, factors, strict=True))}
     taken = [f"{percent(share)} of {name}" for name, share in lost.items() if share >= WORTH_TELLING]
     return f"{told}; rounding takes {listed(taken)}" if taken else told
