@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "the same models under OpenAI's interface on 127.0.0.1",
     "experiments": "all experiments side by side, as a table and a page",
     "compare": "what sets any models apart, layer by layer",
+    "verify": "how much of each adapter is in a file that anybody merged, and what is wrong with it",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",
     "provenance": "how a file was made, from its own metadata",

@@ -8,7 +8,6 @@ alone it can tell how far each is from A and whether they moved the same way, no
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ import stages.models.modeling_houlsby  # noqa: F401  makes its models known to t
 from analysis.changes.measured import COLUMNS
 from analysis.changes.tables import cosine_by_chance, cosines, significant, summarise
 from analysis.changes.tally import Tally, Where
-from analysis.changes.tensors import TensorChange, has_unit_gain
+from analysis.changes.tensors import TensorChange, has_unit_gain, spacing
 from analysis.telling.figures import cosine_maps, heat_maps
 from analysis.telling.page import render
 from analysis.telling.text import percent, ranges
@@ -32,6 +31,7 @@ from stages.models.architecture import OUTSIDE
 from stages.models.names import full_name, weight_files
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.foreign import read_config
+from tools.terminal import short_names
 
 ROUNDED = 0.5  # what rounding alone would alter, as a share of the difference, from which the headline tells
 ALIKE = 0.1  # cosine, of either sign, from which two models are said to have moved together or apart
@@ -99,8 +99,7 @@ def open_models(folders: list[Path]) -> tuple[Checkpoint, list[Model]]:
     Raises:
         MistakeError: a folder is no model, nor an adapter.
     """
-    counts = Counter(folder.name for folder in folders)
-    names = [f.name if counts[f.name] == 1 else "/".join(f.resolve().parts[-2:]) for f in folders]
+    names = short_names(folders)
     if not (folders[0] / "config.json").exists() or not weight_files(folders[0]):
         raise MistakeError(
             f"{folders[0]} is no model with config.json and model.safetensors or its index; name its folder first"
@@ -189,13 +188,6 @@ def _change(first: Checkpoint, model: Model, path: str, parameter: str) -> Tenso
     if file is None:
         return TensorChange(weight, exact - weight, exact, exact.to(stored.dtype), unit_gain)
     return StoredChange(weight, exact - weight, exact, file, unit_gain)
-
-
-def spacing(values: torch.Tensor) -> torch.Tensor:
-    """Distance to the next number of the same dtype, float32; 0 for 0."""
-    exponents = torch.frexp(values.float()).exponent - 1
-    steps = torch.full(values.shape, torch.finfo(values.dtype).eps)
-    return torch.where(values == 0, 0.0, torch.ldexp(steps, exponents))
 
 
 def headline(compared: Compared, first: str) -> list[str]:

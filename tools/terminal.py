@@ -2,6 +2,8 @@
 
 import re
 from argparse import ArgumentTypeError
+from collections import Counter
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -31,3 +33,9 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """Names of folders, with the folder above where two have one name."""
+    counts = Counter(folder.name for folder in folders)
+    return [f.name if counts[f.name] == 1 else "/".join(f.resolve().parts[-2:]) for f in folders]

@@ -40,7 +40,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     for path, parameters in exact.modules.items():
         adapted = [stage for stage in stages if path in stage.adapter.modules]
         factors = {stage.name: stage.adapter.factors(path) for stage in adapted}
-        deltas = {stage.name: _delta(stage, path, factors[stage.name]) for stage in adapted}
+        deltas = {stage.name: delta_of(stage, path, factors[stage.name]) for stage in adapted}
         merged = exact.module(path)
         for parameter in parameters:
             own = {stage: delta[parameter] for stage, delta in deltas.items() if parameter in delta}
@@ -72,7 +72,7 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
     )
 
 
-def _delta(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tensors:
+def delta_of(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tensors:
     """What a stage changes in a module: the product of its factors, else the difference to its parent's weights."""
     return stage.delta(path) if factors is None else {"weight": factors[0] @ factors[1]}
 

@@ -69,8 +69,7 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
     """
     present = [i for i, name in enumerate(names) if name in merged_stages and gram[i, i] > 0]
     onto, total = gram[present, -1], gram[-1, -1]
-    # Stages of one direction have no unique answer; the pseudo-inverse shares it among them.
-    coefficients = np.linalg.pinv(gram[np.ix_(present, present)], hermitian=True) @ onto
+    coefficients = inverse(gram[np.ix_(present, present)]) @ onto
     shares = coefficients * onto / (total or np.nan)
     rest = max(0.0, 1 - float(shares.sum())) if total else np.nan
     return pd.DataFrame(
@@ -80,6 +79,11 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
             "share": [*shares, rest],
         }
     )
+
+
+def inverse(gram: Matrix) -> Matrix:
+    """G⁻¹ of inner products; changes of one direction have no unique answer, and share it by the pseudo-inverse."""
+    return np.linalg.pinv(gram, hermitian=True)
 
 
 def frozen_check(measured: Measured, declared: dict[str, list[int]], has_file: bool) -> pd.DataFrame:

@@ -85,6 +85,12 @@ def inner_products(deltas: list[torch.Tensor]) -> Matrix:
     return total.numpy()
 
 
+def spacing(values: torch.Tensor) -> torch.Tensor:
+    """Distance to the next number of the same dtype, float32; 0 for 0."""
+    powers = (values.float().view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, by the exponent's bits
+    return powers * torch.finfo(values.dtype).eps
+
+
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """The largest difference of two tensors of one shape, 0 where they are equal to the bit."""
     return 0.0 if torch.equal(first, second) else float((first.double() - second.double()).abs().max())

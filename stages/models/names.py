@@ -38,9 +38,13 @@ def full_name(module: str, parameter: str) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: one, or those that its index names, and what is beside its text model.
 
+    Where `folder` is a file, it is that.
+
     Raises:
         MistakeError: the index does not name files of this folder.
     """
+    if folder.is_file():
+        return [folder]
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     rest = [folder / REST] if (folder / REST).exists() else []
     if whole.exists() or not index.exists():

@@ -95,12 +95,12 @@ class Adapter:
         if VERA & set(self._keys[path]):
             up, down = self._vera(path)
         else:
-            down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self._scaling(path)
+            down, up = self._read(path, "lora_A.weight"), self._read(path, "lora_B.weight") * self.scaling(path)
         return (down.T, up.T) if self._is_transposed(path) else (up, down)
 
     def _factors_beside(self, path: str, parameter: str) -> Factors:
         down, up = (self._read(path, f"{parameter}.lora_{side}.weight") for side in "AB")
-        up *= self._scaling(path, parameter)
+        up *= self.scaling(path, parameter)
         experts, *matrix = self.architecture.modules[path].parameters[parameter]
         if len(matrix) == 1:
             return up, down
@@ -140,14 +140,14 @@ class Adapter:
         else:
             delta = self._read(path, "lora_B.weight") @ self._read(path, "lora_A.weight")
             delta = delta.T if transpose else delta
-        merged = weights["weight"] + delta.mul_(self._scaling(path))
+        merged = weights["weight"] + delta.mul_(self.scaling(path))
         for part in ("lora_magnitude_vector", "lora_magnitude_vector.weight"):
             if part in self._keys[path]:
                 rows = merged.T if transpose else merged
                 factor = (self._read(path, part) / torch.linalg.norm(rows, dim=1)).view(-1, 1)
                 merged.mul_(factor.T if transpose else factor)
         if "lora_B.bias" in self._keys[path]:
-            return {"weight": merged, "bias": weights["bias"] + self._read(path, "lora_B.bias") * self._scaling(path)}
+            return {"weight": merged, "bias": weights["bias"] + self._read(path, "lora_B.bias") * self.scaling(path)}
         return {"weight": merged}
 
     def _parameter(self, path: str, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Adapter:
             down, up = down.reshape(experts, -1, down.shape[1]), up.reshape(len(up), -1, experts)
             shape = "eio" if self._has_transposed_experts(path) else "eoi"
             delta = torch.einsum(f"ore,eri->{shape}", up, down)
-        return weight + delta.mul_(self._scaling(path, name))
+        return weight + delta.mul_(self.scaling(path, name))
 
     def _vera_merged(self, path: str, weights: Tensors) -> Tensors:
         up, down = self._vera(path)
@@ -294,7 +294,7 @@ class Adapter:
         shape = self.architecture.modules[path].parameters["weight"]
         return shape[::-1] if self._is_transposed(path) else shape
 
-    def _scaling(self, path: str, parameter: str = "") -> float:
+    def scaling(self, path: str, parameter: str = "") -> float:
         """alpha/r, or alpha/√r for rsLoRA (arXiv 2312.03732); r is what the file holds, for each expert."""
         target, experts = f"{path}.weight" if self._is_target(f"{path}.weight") else path, 1
         part = "lora_embedding_A" if "lora_embedding_A" in self._keys[path] else "lora_A.weight"

@@ -18,24 +18,25 @@ from stages.files import BASE, CHECKPOINTS, MERGED, read_record
 from stages.models.architecture import Architecture
 from stages.models.names import Piece, assemble, full_name, weight_files, whole_shape
 from stages.weights.adapter import Adapter, Tensors
-from stages.weights.tensor_file import Specification, TensorFile, size
+from stages.weights.tensor_file import REPRO, Specification, TensorFile, size
 
 
 class Checkpoint:
     """A model's weights in one or several safetensors files of one folder.
 
     Args:
-        folder: holds config.json and the files of `weight_files`.
+        folder: holds config.json and the files of `weight_files`; or one such file, of an architecture that is told.
         name: what reports call it.
         like: what it was made of, which saves reading its own architecture; its file has the same names.
+        fix: what to do with a file that is not whole.
 
     Raises:
         MistakeError: it holds no weights, or not all.
     """
 
-    def __init__(self, folder: Path, name: str, like: Checkpoint | None = None) -> None:
+    def __init__(self, folder: Path, name: str, like: Checkpoint | None = None, fix: str = REPRO) -> None:
         self.folder, self.name, self.base, self._like = folder, name, self, like
-        files = [TensorFile(path) for path in weight_files(folder)]
+        files = [TensorFile(path, fix) for path in weight_files(folder)]
         self._where = {key: file for file in files for key in file}
         if not self._where:
             raise MistakeError(f"{folder} holds no .safetensors file; run `dvc repro`")

@@ -16,7 +16,7 @@ from stages.errors import MistakeError
 from stages.files import BASE, read_json
 from stages.models.architecture import Architecture
 from stages.weights.adapter import FIX, PREFIX
-from stages.weights.places import Places, parts_of_base, tensors_of_peft
+from stages.weights.places import Places, parts_of, tensors_of_peft
 from stages.weights.tensor_file import TensorFile
 
 AGAIN = "copy the adapter again from where it is whole"
@@ -182,7 +182,9 @@ def _with_ones(value: Any) -> Any:
     return 1 if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
+def names_in_peft(
+    file: TensorFile, config: dict[str, Any], base: Path = BASE, architecture: Architecture | None = None
+) -> dict[str, str]:
     """PEFT's name on the base for every tensor of an adapter's file, which are exactly those that PEFT would save.
 
     Wrappers of torch.compile, FSDP and multimodal models are left out of a name that has no place with them. Where the
@@ -191,6 +193,8 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
     Args:
         file: adapter_model.safetensors, beside its configuration.
         config: that configuration.
+        base: folder of the model that it is for.
+        architecture: of that model; without it, what `base` of the pipeline left in the folder.
 
     Raises:
         MistakeError: a value is of another type than PEFT's, PEFT refuses the configuration on this base, a tensor has
@@ -198,7 +202,7 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
     """
     folder, keys = file.path.parent, [key for key in file if ORIGINAL not in key]
     refuse_mistyped(folder / "adapter_config.json", config)
-    wanted, known, on_base = _places(folder, config, keys)
+    wanted, known, on_base = _places(folder, config, keys, base)
     names = {key: _known(key, known) for key in keys}
     for key, name in names.items():
         shape, _ = file.specification(key)
@@ -212,7 +216,7 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
         if shape != known[name]:
             raise MistakeError(
                 f"{file.path}: {key} is {shape}, which does not fit {name.removeprefix(PREFIX)} of {known[name]} that"
-                f" adapter_config.json makes on this base; {_fix_of_shape(shape, known[name])}"
+                f" adapter_config.json makes on this base; {_fix_of_shape(shape, known[name], base)}"
             )
         if not file.read(key).float().isfinite().all():
             raise MistakeError(f"{file.path}: {key} has numbers that are not finite; take an adapter that trained well")
@@ -225,14 +229,14 @@ def names_in_peft(file: TensorFile, config: dict[str, Any]) -> dict[str, str]:
         raise MistakeError(f"{file.path} has several tensors for one place; save the adapter again by PEFT")
     names = {key: on_base[name] for key, name in names.items()}
     _refuse_other_patterns(folder, config, names)
-    _refuse_beside_text(file.path, names)
+    _refuse_beside_text(file.path, names, architecture or Architecture.of(base))
     return names
 
 
-def _places(folder: Path, config: dict[str, Any], keys: list[str]) -> Places:
+def _places(folder: Path, config: dict[str, Any], keys: list[str], base: Path) -> Places:
     """Those of the part of the base that has one for every tensor, else those of the base."""
     first: Places | MistakeError | None = None
-    for part in parts_of_base():
+    for part in parts_of(base):
         try:
             found: Places | MistakeError = tensors_of_peft(folder, config, part)
         except MistakeError as mistake:
@@ -286,9 +290,9 @@ def _fits(pattern: str, name: str) -> bool:
     return any(re.match(rf"(.*\.)?({pattern})$", path[:end]) for end in ends)
 
 
-def _refuse_beside_text(path: Path, names: dict[str, str]) -> None:
+def _refuse_beside_text(path: Path, names: dict[str, str], architecture: Architecture) -> None:
     """Raise a MistakeError for a tensor of a module that is none of the text model's."""
-    modules = Architecture.of(BASE).modules.keys()
+    modules = architecture.modules.keys()
     for key, name in names.items():
         part = name.removeprefix(PREFIX).replace(".ln_tuning_layers.", ".")
         if part != name and not any(part[:end] in modules for end, sign in enumerate(part) if sign == "."):
@@ -310,12 +314,12 @@ def _fix_of_name(key: str) -> str:
     return FIX
 
 
-def _fix_of_shape(shape: list[int], wanted: list[int]) -> str:
+def _fix_of_shape(shape: list[int], wanted: list[int], base: Path) -> str:
     sizes = [pair for pair in zip(shape, wanted, strict=False) if pair[0] != pair[1]]
-    if len(shape) == len(wanted) and len(sizes) == 1 and wanted[0] == _vocabulary():
+    if len(shape) == len(wanted) and len(sizes) == 1 and wanted[0] == _vocabulary(base):
         return "where tokens were added to its base, give that base with its embedding resized as base.model"
     return f"correct that file, or {FIX}"
 
 
-def _vocabulary() -> int:
-    return read_json(BASE / "config.json").get("vocab_size", 0)
+def _vocabulary(base: Path) -> int:
+    return read_json(base / "config.json").get("vocab_size", 0)

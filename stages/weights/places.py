@@ -42,15 +42,15 @@ class Places(NamedTuple):
     names: dict[str, str]
 
 
-def parts_of_base() -> Iterator[Part]:
-    """The base, and of one of images and text also its text model: the decoder, and that with an output layer."""
+def parts_of(base: Path) -> Iterator[Part]:
+    """A base, and of one of images and text also its text model: the decoder, and that with an output layer."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
-    yield Part(empty_model(BASE), {})
-    whole = empty_model(BASE)
+    yield Part(empty_model(base), {})
+    whole = empty_model(base)
     config, (decoder, head) = text_config(whole), _ends(whole)
     if config is whole.config:
         return
@@ -75,7 +75,7 @@ def tensors_of_peft(folder: Path, config: dict[str, Any], part: Part | None = No
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    model, names = part or next(parts_of_base())
+    model, names = part or next(parts_of(BASE))
     if config["peft_type"] == "SHIRA":
         model.to_empty(device="cpu")  # its mask cannot be drawn on the meta device
     try:

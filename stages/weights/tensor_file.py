@@ -32,6 +32,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PIECE = 1 << 23  # numbers
+REPRO = "delete it and run `dvc repro`"
 
 Specification = tuple[list[int], str]  # shape, safetensors dtype
 
@@ -47,7 +48,7 @@ class TensorFile:
         MistakeError: it is missing, cut short, its header does not describe its bytes exactly, or a dtype is unknown.
     """
 
-    def __init__(self, path: Path, fix: str = "delete it and run `dvc repro`") -> None:
+    def __init__(self, path: Path, fix: str = REPRO) -> None:
         try:
             with safe_open(path, framework="pt"):  # checks header, shapes, dtypes and offsets against the file
                 pass

@@ -18,6 +18,10 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         *("checkpoints/base is no model with config.json",) * 2,
         "merged holds no model.safetensors, no index and no adapter_config.json",
     ),
+    "verify merged --base checkpoints/base --adapter checkpoints/sums": (
+        "merged is not there; name a .safetensors file, or the folder of a model",
+    )
+    * 3,
     "answers sums": ("params.yaml is missing", *("reports/answers.parquet is missing",) * 2),
     "gate": ("params.yaml is missing", *("reports/evaluation.json is missing; run `dvc repro`",) * 2),
     "search": (
