@@ -93,7 +93,9 @@ def _row(repo: Any, revision: str, name: str, baseline: str | None) -> Row | Non
         name,
         list(differences("", _params(repo, baseline), _params(repo, revision))) if baseline else [],
         {stage: _skill(each) for stage, each in found.items()},
-        *(percent(merged.get(key)) for key in ("change", "floor", "unexplained")),
+        percent(merged.get("change")),
+        percent(merged.get("floor")),
+        percent(merged.get("unexplained")),
         _put(f"{revision[:7]}.html", report),
         _put(f"{revision[:7]}.svg", layers),
     )
