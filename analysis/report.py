@@ -3,7 +3,7 @@
 Reads params.yaml and what the other stages left in reports/, and no weight of any model. Writes reports/report.html,
 report.md (the same in short, for a pull request), lineage.json (its log of actions), evaluation.svg and layers.svg (two
 of its pictures), deltas.parquet (every number about weights), layers.json (for `dvc plots`) and metrics.json (for `dvc
-metrics`). No times and no chance: a second run writes the same bytes.
+exp show`). No times and no chance: a second run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -119,20 +119,23 @@ def layer_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def metrics(facts: Facts) -> dict[str, Any]:
-    """Flat numbers by stage for `dvc metrics`; what has no value is left out."""
+    """The few numbers that `dvc exp show` has a column for; what has no value is left out.
+
+    Returns:
+        By stage, the share of its gain that the merge `kept`, and how well the stage itself does by its skill's own
+        measure. Of the merged model, the size of its `change`, the `floor` that rounding alone makes of it, and the
+        share that no stage explains.
+    """
     result: dict[str, Any] = {}
-    for name in facts.measured.names:
-        row = facts.whole.loc[name]
-        numbers = {"relative_change": row.relative_change, "rounding_floor": row.floor}
-        if name == MERGED:
-            numbers["unexplained"] = facts.survivals.loc[NO_STAGE, "share"]
-            numbers["frozen_check"] = facts.frozen["max_abs"].max()
-        else:
-            own = facts.matrix[name][facts.settings.skills[name]]
-            numbers |= {"survival": facts.survivals["survival"].get(name), **own}
-            numbers["retention"] = facts.retention[name]["retention"]
-        result[name] = {key: value for key, value in rounded(numbers).items() if value is not None}
-    return result
+    for name, found in facts.retention.items():
+        measure = found["measure"]
+        result[name] = {"kept": found["retention"], measure: facts.matrix[name][found["dataset"]][measure]}
+    whole, unexplained = facts.whole.loc[MERGED], facts.survivals.loc[NO_STAGE, "share"]
+    result[MERGED] = {"change": whole.relative_change, "floor": whole.floor, "unexplained": unexplained}
+    return {
+        name: {key: value for key, value in rounded(numbers).items() if value is not None}
+        for name, numbers in result.items()
+    }
 
 
 if __name__ == "__main__":

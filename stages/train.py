@@ -1,7 +1,7 @@
 """Train one stage on top of its parent: `python -m stages.train NAME`.
 
 Writes checkpoints/NAME, a PEFT adapter with stage.json (what it is and where it comes from), and the loss
-curve and metrics in reports/train. Killed at any instant, it goes on from its last saved step to the same bits.
+curve and what it took in reports/train. Killed at any instant, it goes on from its last saved step to the same bits.
 """
 
 import functools
@@ -42,12 +42,14 @@ def main(name: str) -> None:
     if isinstance(stage, Training):
         launch(name, settings.launch, stage.processes)
     precision = "bf16" if compute_dtype() == torch.bfloat16 else "no"
+    tracked = Path(os.environ.get("DVC_ROOT", "."), TRACKED).absolute()
+    os.environ.setdefault("TRACKIO_DIR", str(tracked))  # accelerate tells Trackio no folder
     # On a CPU accelerate takes every process for the only one, unless it is told.
     accelerator = Accelerator(
         cpu=device().type == "cpu",
         mixed_precision=precision,
         log_with=settings.tracker,
-        project_dir=Path(os.environ.get("DVC_ROOT", "."), TRACKED),
+        project_dir=tracked,
     )
     accelerator.init_trackers(name)
     if isinstance(stage, Training):
@@ -96,16 +98,16 @@ def train(name: str, stage: Training, settings: Params, accelerator: Accelerator
 
 
 def write_reports(name: str, record: dict[str, Any], curve: Curve, cut: int = 0) -> None:
-    """Loss curve for `dvc plots` and a few numbers for `dvc metrics`; no times, so that a rerun is identical."""
-    metrics = {
+    """Loss curve for `dvc plots` and a few numbers for the report; no times, so that a rerun is identical."""
+    spent = {
         "steps": len(curve),
         "tokens": sum(int(point["tokens"]) for point in curve),
         "trained_parameters": record["trained_parameters"],
         "cut_examples": cut,
     }
     if last := curve[-10:]:  # an imported adapter was trained elsewhere
-        metrics = {"loss": round(sum(point["loss"] for point in last) / len(last), 4)} | metrics
-    write_json(REPORTS / "train" / f"{name}.json", {name: metrics})
+        spent = {"loss": round(sum(point["loss"] for point in last) / len(last), 4)} | spent
+    write_json(REPORTS / "train" / f"{name}.json", {name: spent})
     write_curve(name, curve)
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,45 +15,65 @@ from tests.forked import Pipeline, commit, write_branched
 from tools import experiments
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
-NAMES = {"reversal": "words", "siblings": "side"}  # of the default, and here
+NAMES = {"arithmetic": "sums", "reversal": "words", "siblings": "side"}  # of the default, and here
 INSTALLED = {"dvc": [sys.executable, "-m", "dvc"], "strata": [sys.executable, "-m", "tools.cli"]}
+QUEUE = 600  # seconds that the queue may take
+EXPERIMENTS = 11  # that the page tells to run
 
 
 def commands():
-    text = (ROOT / "docs/experiments.md").read_text()
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
-    return [line.partition("  #")[0].strip().removeprefix("uv run ") for line in lines if line.strip()]
-
-
-def run(line):
+    """The words of every command, in the names of the tiny project."""
+    text = (ROOT / "docs/experiments.md").read_text(encoding="utf-8").replace("s3://bucket/strata", "../storage")
     for old, new in NAMES.items():
-        line = re.sub(rf"\b{old}\b", new, line)
-    words = shlex.split(line)
+        text = re.sub(rf"\b{old}\b", new, text)
+    for line in "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines():
+        for part in line.split("&&"):
+            if words := shlex.split(re.sub(r"^ *uv run (--extra \w+ )?", "", part), comments=True):
+                yield words
+
+
+def call(words):
     ended = subprocess.run([*INSTALLED.get(words[0], words[:1]), *words[1:]], capture_output=True, text=True)
-    assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+    assert ended.returncode == 0, f"{words}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
+
+
+def wait_for_queue():
+    deadline = time.monotonic() + QUEUE
+    while re.search("Queued|Running", told := call(["dvc", "queue", "status"])):
+        assert time.monotonic() < deadline, told
+        time.sleep(5)
+    assert "Failed" not in told
 
 
 def test_every_command(project, monkeypatch):
     write_branched(project)
-    Pipeline(monkeypatch).repro()
+    pipeline = Pipeline(monkeypatch)
+    pipeline.repro()
     commit(project)
     subprocess.run(["git", "init", "-q", "--bare", "../origin.git"], check=True)
     subprocess.run(["git", "remote", "add", "origin", "../origin.git"], check=True)
-    before = sha256([Path("merged/model.safetensors")])
-    name = ""
-    for line in commands():
-        line = re.sub(r"\bNAME\b", name, line).replace("s3://bucket/strata", "../storage")
-        if line.startswith(("strata watch", "rm dvc.lock")):
-            continue  # the first is drawn until training ends; the second is tried by benchmarks/crash.py
-        for part in line.split(" && "):
-            out = run(part.removeprefix("uv run "))
-        if line.startswith("dvc exp show"):
-            assert len(out.splitlines()[1].split("│")) <= 12 + 4  # beside the experiment, its date and the borders
-        if line == "strata experiments":
-            page = (experiments.FOLDER / "index.html").read_text()
-            names = re.findall(r'<a href="([\w-]+)\.html">', page)
-            assert "merge.method task_arithmetic → ties" in page and len(names) >= 6
-            name = next(each for each in names if "-" in each)
-        if line.startswith("git reset"):
-            assert sha256([Path("merged/model.safetensors")]) == before
+    before, name = sha256([Path("merged/model.safetensors")]), ""
+    for words in commands():
+        words = [name if word == "NAME" else word for word in words]
+        match words:
+            case ["strata", "watch"] | ["rm", *_]:  # drawn until training ends; tried by benchmarks/crash.py
+                continue
+            case ["dvc", "exp", "run", *more] if not {"--temp", "--queue"} & {*more}:
+                pipeline.experiment(*more)
+                continue
+        told = call(words)
+        match words[:3]:
+            case ["dvc", "queue", "start"]:
+                wait_for_queue()
+            case ["dvc", "exp", "show"]:
+                assert "merge.method" in told and "kept" in told and "reports/" not in told
+                assert len(re.findall(r"[├└]── \w+ \[", told)) == EXPERIMENTS, told
+            case ["strata", "experiments"]:
+                page = (experiments.FOLDER / "index.html").read_text(encoding="utf-8")
+                names = re.findall(r'<a href="\w+\.html">([\w-]+)</a>', page)
+                assert "merge.method task_arithmetic → ties" in page and len(names) == EXPERIMENTS
+                name = names[0]
+            case ["git", "reset", _]:
+                call(["dvc", "checkout"])
+                assert sha256([Path("merged/model.safetensors")]) == before

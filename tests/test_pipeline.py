@@ -15,6 +15,7 @@ from tests.forked import Pipeline, commit, write_branched
 pytestmark = pytest.mark.slow
 
 STAGES = ["sums", "words", "side"]
+DROPPED = r".*/|(checkpoints|data|merged)$"  # as docs/experiments.md says
 MERGE = {"merge", "score_merged", "evaluate", "probe_merged", "measure", "rounding", "report"}
 
 
@@ -23,6 +24,13 @@ def pipeline(project, monkeypatch):
     """The repository's files with the tiny project's params.yaml and inputs, committed."""
     write_branched(project)
     return Pipeline(monkeypatch)
+
+
+def columns(*options):
+    """Of the table that `dvc exp show` draws, in which those of the experiment's name and kind are one."""
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--csv", *options]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(told.splitlines()[0].split(",")) - {"rev", "typ", "parent"}
 
 
 def test_run_change_and_go_back(pipeline):
@@ -44,9 +52,13 @@ def test_run_change_and_go_back(pipeline):
     assert "up to date" in status
 
     assert pipeline.experiment("-S", "merge.method=ties") == MERGE
-    assert pipeline.experiment("-S", "merge.method=task_arithmetic") == {"report"}  # which is not cached
     assert sha256([Path("merged/model.safetensors")]) != first["merged/model.safetensors"]
+    assert pipeline.experiment("-S", "merge.method=task_arithmetic") == {"report"}  # which is not cached
+    assert sha256([Path("merged/model.safetensors")]) == first["merged/model.safetensors"]
     assert pipeline.experiment("-S", "~merge.weights.side") == MERGE | {"pick_checkpoints"}
+    metrics, shown = columns(), columns("--only-changed", "--drop", DROPPED)
+    assert len([name for name in metrics if name.split(".")[0] in (*STAGES, "merged") and "/" not in name]) == 9
+    assert {"merge.method", "merge.weights.side", "sums.kept", "merged.unexplained"} < shown and len(shown) <= 12
     ran = pipeline.experiment("-S", "merge.method=task_arithmetic", "-S", "stages.sums.lr=5e-3")
     changed = {"sums", "words"}  # the stage and its child, and not the branch beside them
     chain = {f"{verb}@{name}" for verb in ("train", "score", "probe") for name in changed}

@@ -4,8 +4,9 @@ import argparse
 import importlib
 import io
 import sys
+from pathlib import Path
 
-from stages.errors import run
+from stages.errors import MistakeError, run
 from stages.settings.section import nearest
 
 COMMANDS = {
@@ -36,6 +37,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(overview())
         return
+    if name == "--print-completion":
+        run(print_completion, " ".join(words))
+        return
     if name not in COMMANDS:
         sys.exit(f"error: strata has no command {name!r}; {nearest(name, COMMANDS)}")
     module = importlib.import_module(f"tools.{name}")
@@ -44,10 +48,32 @@ def main() -> None:
     run(module.main, **vars(parser.parse_args(words)))
 
 
+def print_completion(shell: str) -> None:
+    """Print the script by which a shell completes commands and their options.
+
+    Raises:
+        MistakeError: shtab writes none for this shell.
+    """
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise MistakeError(f"--print-completion knows no shell {shell!r}; take {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = argparse.ArgumentParser("strata")
+    commands = parser.add_subparsers()
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        importlib.import_module(f"tools.{name}").add_arguments(command)
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell))
+
+
 def overview() -> str:
     """All commands, a line each."""
     lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: strata COMMAND …", "", *lines, "", "`strata COMMAND --help` tells more of one."])
+    more = ["`strata COMMAND --help` tells more of one.", "`strata --print-completion bash` (or zsh): for the Tab key."]
+    return "\n".join(["usage: strata COMMAND …", "", *lines, "", *more])
 
 
 if __name__ == "__main__":

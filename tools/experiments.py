@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from analysis.telling.page import render
-from analysis.telling.text import percent, whole_percent
+from analysis.telling.text import NOTHING, UNITS, percent, scored, whole_percent
 from stages.errors import MistakeError, first_line
 from stages.files import REPORTS, write_text
 from stages.project.params import PARAMS
@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         changed: keys of params.yaml with both values, against the commit that it began from.
-        skills: by stage, how much of its gain the merge keeps and what it can do after the merge.
+        skills: by stage, how much of its gain the merge keeps and what the stage itself can do.
         report, layers: files beside the page, empty where there is none.
     """
 
@@ -93,8 +93,8 @@ def _row(repo: Any, revision: str, name: str, baseline: str | None) -> Row | Non
         name,
         list(differences("", _params(repo, baseline), _params(repo, revision))) if baseline else [],
         {stage: _skill(each) for stage, each in found.items()},
-        percent(merged.get("relative_change")),
-        percent(merged.get("rounding_floor")),
+        percent(merged.get("change")),
+        percent(merged.get("floor")),
         percent(merged.get("unexplained")),
         _put(f"{revision[:7]}.html", report),
         _put(f"{revision[:7]}.svg", layers),
@@ -102,15 +102,13 @@ def _row(repo: Any, revision: str, name: str, baseline: str | None) -> Row | Non
 
 
 def _filled(row: Row, stages: list[str]) -> dict[str, str]:
-    return dict.fromkeys(stages, "–") | row.skills
+    return dict.fromkeys(stages, NOTHING) | row.skills
 
 
 def _skill(metrics: dict[str, Any]) -> str:
-    can = (
-        percent(metrics["accuracy"]) if "accuracy" in metrics else f"{metrics['loss']:.3f}" if "loss" in metrics else ""
-    )
-    kept = f"{whole_percent(metrics['retention'])} of " if "retention" in metrics else ""
-    return f"{kept}{can}" or "–"
+    can = [scored(value, measure) for measure, value in metrics.items() if measure in UNITS]
+    kept = [f"{whole_percent(metrics['kept'])} of"] if "kept" in metrics else []
+    return " ".join(kept + can) or NOTHING
 
 
 def _params(repo: Any, revision: str) -> dict[str, Any]:

@@ -289,6 +289,8 @@ def differences(key: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key} {each}" for key, each in value.items()]
     text = "none" if value is None else ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return text if len(text) < WIDTH else f"{text[: WIDTH - 1]}…"
 

@@ -12,6 +12,7 @@ from analysis.changes.metrics import METRICS, PARTS
 
 FALSE_ALARM = 1e-3  # how often chance alone may raise one, over all comparisons of a kind
 NO_STAGE = "(no stage)"  # whose change the rest is; no stage can be called so
+NOISE = 1e-12  # a share that float64 leaves of 1 less the sum of others is none
 
 
 def summarise(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -71,7 +72,8 @@ def survival(gram: Matrix, names: list[str], merged_stages: list[str]) -> pd.Dat
     onto, total = gram[present, -1], gram[-1, -1]
     coefficients = inverse(gram[np.ix_(present, present)]) @ onto
     shares = coefficients * onto / (total or np.nan)
-    rest = max(0.0, 1 - float(shares.sum())) if total else np.nan
+    rest = 1 - float(shares.sum()) if total else np.nan
+    rest = 0.0 if rest < NOISE else rest
     return pd.DataFrame(
         {
             "stage": [*(names[i] for i in present), NO_STAGE],

@@ -1,6 +1,7 @@
 """Every command of `strata`, whatever has run before it: what is missing is one sentence."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         "port 70000 of 127.0.0.1 cannot be had",
     ),
     "docs": ("docs/methods.md is missing",) * 3,  # of the three a clone alone has them
+    "--print-completion ksh": ("--print-completion knows no shell 'ksh'; take bash, zsh",) * 3,
     "serach": ("strata has no command 'serach'; did you mean search?",) * 3,
 }
 
@@ -79,4 +81,26 @@ def test_what_is_missing_is_one_sentence(project, monkeypatch, state):
 
 
 def test_every_command_is_tried():
-    assert {command.split()[0] for command in MISSING} == {*cli.COMMANDS, "serach"}
+    assert {command.split()[0] for command in MISSING} == {*cli.COMMANDS, "--print-completion", "serach"}
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("pl", {"plan"}),
+        ("s", {"show", "serve", "search"}),
+        ("plan --j", {"--json"}),
+        ("compare --output par", {"params.yaml"}),
+    ],
+)
+def test_bash_completes_commands_options_and_files(project, monkeypatch, capsys, line, completed):
+    monkeypatch.setattr(sys, "argv", ["strata", "--print-completion", "bash"])
+    cli.main()
+    words = ["strata", *line.split()]
+    ask = f"""
+        COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
+        $(complete -p strata | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    script = capsys.readouterr().out + ask
+    told = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True).stdout
+    assert set(told.split()) == completed

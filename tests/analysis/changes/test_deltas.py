@@ -271,6 +271,13 @@ def test_unexplained_is_what_no_stage_did():
     assert survival(gram, ["a", "merged"], ["a"])["share"].tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_what_float64_leaves_is_no_share():
+    stages = [torch.randn(50, generator=torch.Generator().manual_seed(seed)).double() for seed in range(5)]
+    gram = inner_products([*stages, 0.7 * sum(stages)])
+    table = survival(gram, [*"abcde", "merged"], [*"abcde"])
+    assert 0 < abs(1 - table["share"].sum()) < 1e-12 and table["share"].iloc[-1] == 0
+
+
 def test_a_merge_that_changes_nothing_is_nobodys():
     table = survival(inner_products([torch.ones(3), torch.zeros(3)]), ["a", "merged"], ["a"])
     assert table["share"].isna().all() and table["survival"].tolist()[0] == 0
