@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "what sets any models apart, layer by layer",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",
+    "export": "the model to take away: with its card, as GGUF, LoRA or shards, to the hub",
     "provenance": "how a file was made, from its own metadata",
     "docs": "the generated parts of docs/ anew",
 }
