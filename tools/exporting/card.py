@@ -58,7 +58,9 @@ def metadata(facts: Facts, origin: Origin, name: str) -> ModelCardData:
     adapters = [getattr(stage, "id", None) for key, stage in params.stages.items() if key in merged]
     sources = [origin.id, *dict.fromkeys(adapters)]
     known = [source for source in sources if source]
-    relation = {"base_model_relation": "merge" if len(known) > 1 else "finetune"} if known else {}
+    rest: dict[str, Any] = {**origin.licence}
+    if known:
+        rest["base_model_relation"] = "merge" if len(known) > 1 else "finetune"
     learned = {params.skills[key] for key in merged}
     datasets = [found for key in params.datasets if key in learned for found in hub_ids(params.datasets[key])]
     return ModelCardData(
@@ -70,8 +72,7 @@ def metadata(facts: Facts, origin: Origin, name: str) -> ModelCardData:
         tags=["strata", *(["conversational"] if has_chat() else [])],
         model_name=name,
         eval_results=list(results(facts)),
-        **origin.licence,
-        **relation,
+        **rest,
     )
 
 
