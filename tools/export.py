@@ -4,7 +4,8 @@ merged/ stays as the merge wrote it. Each WHAT is a module of tools/exporting.
 """
 
 import importlib
-from argparse import ArgumentParser
+import re
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         kind: kinds.add_parser(kind, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for kind, text in KINDS.items()
     }
+    folder = re.sub(r"[^\w.-]+", "-", Path.cwd().name) or "model"
     for kind in ("model", "gguf"):
-        parsers[kind].add_argument("--name", default=Path.cwd().name, help="what it is called; %(default)s, the folder")
+        parsers[kind].add_argument("--name", type=name, default=folder, help="what it is called; %(default)s")
     parsers["model"].add_argument("--license", help="of the base, as the hub calls it, where nothing beside it tells")
     parsers["gguf"].add_argument("--type", choices=TYPES, default="q8_0", help="of the weights; %(default)s")
     parsers["gguf"].add_argument(
@@ -45,3 +47,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(kind: str, **options: Any) -> None:
     """Export one kind of thing."""
     importlib.import_module(f"tools.exporting.{kind}").main(**options)
+
+
+def name(text: str) -> str:
+    """An argument that the hub and a file can be called."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise ArgumentTypeError(f"{text!r} is no name; use letters, digits, points, hyphens and underscores")
+    return text
