@@ -286,7 +286,9 @@ def test_the_converter_is_a_pinned_tool_of_an_environment_of_its_own(monkeypatch
 def test_llama_cpps_own_converter_makes_it(merged):
     """With a tokenizer that it knows; it orders the rows of q and k by pairs of the rotation."""
     (name,) = BUNDLED
-    tokenizer = AutoTokenizer.from_pretrained(**locate(Base(model=name)))
+    source = locate(Base(model=name))
+    del source["quantization_config"]
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     config = LlamaConfig.from_pretrained(BASE, vocab_size=len(tokenizer), tie_word_embeddings=True, dtype="float32")
     LlamaForCausalLM(config).save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
