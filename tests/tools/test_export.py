@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +23,7 @@ from stages.files import BASE, CHECKPOINTS, MERGED, read_json, sha256, write_jso
 from stages.models.source import BUNDLED, locate
 from stages.settings.base import Base
 from tests.analysis.conftest import STAGES, Project
-from tests.conftest import make_base, make_stage, make_tokenizer
+from tests.conftest import make_base, make_outside, make_stage, make_tokenizer
 from tests.tools.hub import FakeHub
 from tools.exporting import gguf as to_gguf
 from tools.exporting import hub, lora, model, shards
@@ -338,10 +338,19 @@ def make_chain(architecture, *methods):
     return before, truths
 
 
-@pytest.mark.parametrize("architecture", ["llama-tied", "qwen2", "gpt2"])
+CHAIN = [("lora", "0-1"), ("dora", "1-2"), ("full", "3")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "chain"),
+    [
+        *((name, CHAIN) for name in ("llama-tied", "qwen2", "gpt2")),
+        ("qwen2", [("ln", "all"), ("vera", "0-2"), ("ia3", "3")]),
+    ],
+)
 @pytest.mark.parametrize("rank", [4, 64])
-def test_a_lora_is_the_stage_up_to_the_error_that_is_told(workspace, capsys, architecture, rank):
-    before, truths = make_chain(architecture, ("lora", "0-1"), ("dora", "1-2"), ("full", "3"))
+def test_a_lora_is_the_stage_up_to_the_error_that_is_told(workspace, capsys, architecture, chain, rank):
+    before, truths = make_chain(architecture, *chain)
     lora.main(rank, merged=False)
     lines = dict(line.removeprefix("export/lora/").split(": ", 1) for line in capsys.readouterr().out.splitlines())
     for name, truth in truths.items():
@@ -360,12 +369,35 @@ def test_a_lora_is_the_stage_up_to_the_error_that_is_told(workspace, capsys, arc
                 least += float((torch.linalg.svdvals(delta)[config["r"] :] ** 2).sum())  # Eckart and Young
         share = re.search(r"misses ([\d.]+) % of the change", lines[name])
         assert missed**0.5 == pytest.approx(least**0.5, rel=1e-3, abs=1e-5)
-        if missed < 1e-8 * asked:
+        if asked and missed < 1e-8 * asked:
             assert f"Rank {config['r']} holds the change exactly." in lines[name]
-        else:
+        elif asked:
             assert 100 * (missed / asked) ** 0.5 == pytest.approx(float(share[1]), rel=0.06)
-    assert rank == 4 or missed < 1e-8 * asked
-    assert ("modules_to_save" in lines["full"]) and "modules_to_save" not in lines["lora"] + lines["dora"]
+        assert rank == 4 or missed <= 1e-8 * asked
+        has_norms = any(value.dim() == 1 and not torch.equal(value, before[key]) for key, value in truth.items())
+        assert ("modules_to_save" in lines[name] or "It has biases" in lines[name]) == has_norms
+
+
+@pytest.mark.parametrize("size", [0.0, 0.05])
+def test_biases_are_in_it(workspace, capsys, size):
+    """Those of a stage that moves nothing else, too."""
+    make_base("qwen2")
+    config = LoraConfig(r=2, bias="lora_only", target_modules=["q_proj", "v_proj"])
+    loaded = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    truth = make_outside("d", loaded, config, size=size)
+    with torch.no_grad():
+        for name, parameter in truth.named_parameters():
+            if "base_layer.bias" in name:
+                parameter.add_(0.1)
+    truth.save_pretrained(CHECKPOINTS / "d")
+    settings = "  d: {parent: base, dataset: d, method: lora, lr: 1.0e-3, steps: 1}"
+    Path("params.yaml").write_text(LORAS.format(settings, "d"))
+    lora.main(64, merged=False)
+    assert "It has biases, which PEFT loads and vLLM refuses." in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    found = PeftModel.from_pretrained(base, lora.FOLDER / "d").merge_and_unload().state_dict()
+    for key, value in truth.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_one_lora_for_the_merge_and_its_card(workspace, capsys):

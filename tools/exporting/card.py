@@ -28,7 +28,7 @@ TRIED = 20  # questions of which the shortest is the example
 CODE = """\
 from transformers import pipeline
 
-ask = pipeline("text-generation", model="{model}", max_new_tokens={tokens})
+ask = pipeline("text-generation", model="{model}", max_new_tokens={tokens}{trust})
 print(ask({question})[0]["generated_text"]{answer})"""
 
 
@@ -221,7 +221,8 @@ def code(params: Params, model: str = str(FOLDER)) -> str:
     question = example(params)
     answer = '[-1]["content"]' if isinstance(question, list) else ""
     text = json.dumps(question, ensure_ascii=False)
-    return CODE.format(model=model, tokens=params.evaluate.max_new_tokens, question=text, answer=answer)
+    trust = ", trust_remote_code=True" if "auto_map" in read_json(MERGED / "config.json") else ""
+    return CODE.format(model=model, tokens=params.evaluate.max_new_tokens, trust=trust, question=text, answer=answer)
 
 
 def example(params: Params) -> list[dict[str, str]] | str:

@@ -45,6 +45,7 @@ def main(name: str, type: str, converter: Path | None) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with replacing(path) as target, TemporaryDirectory(dir=FOLDER) as folder:
         write(merged, Path(folder), {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}, params.thread_count)
+        print("llama.cpp's converter runs in an environment of its own; the first time, that has to be made")
         convert(command, Path(folder), target, type, name)
         refuse_loss(merged, target)
     write_text(FOLDER / "Modelfile", modelfile(path.name))
