@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "how much of each adapter is in a file that anybody merged, and what is wrong with it",
     "gate": "whether the merged model may pass: what it lost and kept, by the rules of params.yaml",
     "search": "better weights for the merge, found on the tuning splits",
+    "export": "the model to take away: with its card, as GGUF, LoRA or shards, to the hub",
     "provenance": "how a file was made, from its own metadata",
     "docs": "the generated parts of docs/ anew",
 }

@@ -30,6 +30,7 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         "checkpoints/base holds no .safetensors file; run `dvc repro`",
         "checkpoints/sums holds no trained stage; run `dvc repro train@sums`",
     ),
+    "export model": ("params.yaml is missing", *("merged/lineage.json is missing; run `dvc repro`",) * 2),
     "provenance merged/model.safetensors": ("merged/model.safetensors is no safetensors file",) * 3,
     "plan": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
     "run": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),

@@ -1,0 +1,1 @@
+"""What `strata export` writes, each kind a module of that name."""
