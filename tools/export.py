@@ -16,6 +16,7 @@ KINDS = {
     "gguf": "export/gguf: the merge in a file of llama.cpp, and a Modelfile for Ollama",
     "lora": "export/lora: each stage as a plain LoRA, for servers that load nothing else",
     "shards": "export/shards: the merged model in files of a bounded size",
+    "sbom": "export/sbom.cdx.json: what the model was made of, as a bill of materials (CycloneDX)",
     "hub": "push export/model to the Hugging Face hub",
 }
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -29,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         for kind, text in KINDS.items()
     }
     folder = re.sub(r"[^\w.-]+", "-", Path.cwd().name) or "model"
-    for kind in ("model", "gguf"):
+    for kind in ("model", "gguf", "sbom"):
         parsers[kind].add_argument("--name", type=name, default=folder, help="what it is called; %(default)s")
     parsers["model"].add_argument("--license", help="of the base, as the hub calls it, where nothing beside it tells")
     parsers["gguf"].add_argument("--type", choices=TYPES, default="q8_0", help="of the weights; %(default)s")

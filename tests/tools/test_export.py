@@ -26,7 +26,7 @@ from tests.analysis.conftest import STAGES, Project
 from tests.conftest import make_base, make_outside, make_stage, make_tokenizer
 from tests.tools.hub import FakeHub
 from tools.exporting import gguf as to_gguf
-from tools.exporting import hub, lora, model, shards
+from tools.exporting import hub, lora, model, sbom, shards
 from tools.exporting.origin import origin
 
 CHAT = (
@@ -415,6 +415,35 @@ def test_one_lora_for_the_merge_and_its_card(workspace, capsys):
         wanted = truths["lora"][key] + 0.5 * (truths["dora"][key] - truths["lora"][key])
         torch.testing.assert_close(found[key], wanted, rtol=1e-4, atol=1e-5)
     assert ModelCard.load(lora.FOLDER / "merged/README.md").data.library_name == "peft"
+
+
+def test_the_bill_of_materials_names_every_part_by_its_hash(merged):
+    """CycloneDX's own validator has taken the default's; every reference in it leads somewhere."""
+    stage = CHECKPOINTS / "sums/stage.json"
+    write_json(stage, read_json(stage) | {"dataset_sha256": {"sums": "0" * 64}})
+    merge.main()
+    sbom.main("tiny")
+    bill = read_json(sbom.FILE)
+    parts = {
+        part["bom-ref"]: part for part in [bill["metadata"]["component"], *bill["components"]] if "bom-ref" in part
+    }
+    files = {"model": MERGED / "model.safetensors", "base": BASE / "model.safetensors"}
+    files |= {f"stage/{name}": CHECKPOINTS / name / "adapter_model.safetensors" for name in STAGES}
+    for ref, path in files.items():
+        assert parts.pop(ref)["hashes"] == [{"alg": "SHA-256", "content": sha256([path])}]
+    assert parts.keys() == {"data/sums"}
+    after = {each["ref"]: each["dependsOn"] for each in bill["dependencies"]}
+    assert after == {
+        "model": ["base", *(f"stage/{name}" for name in sorted(STAGES))],
+        "stage/sums": ["base", "data/sums"],
+        "stage/names": ["stage/sums"],
+        "stage/prose": ["base"],
+    }
+    scores = bill["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {(each["slice"], each["type"]): float(each["value"]) for each in scores}["sums", "accuracy"] == 0.8
+    once = sbom.FILE.read_bytes()
+    sbom.main("tiny")
+    assert sbom.FILE.read_bytes() == once
 
 
 def test_shards_are_the_file_in_pieces(merged):

@@ -61,7 +61,7 @@ def metadata(facts: Facts, origin: Origin, name: str) -> ModelCardData:
     rest: dict[str, Any] = {**origin.licence}
     if known:
         rest["base_model_relation"] = "merge" if len(known) > 1 else "finetune"
-    learned = {params.skills[key] for key in merged}
+    learned = {params.skills[key] for key in merged if params.stages[key].method != "import"}
     datasets = [found for key in params.datasets if key in learned for found in hub_ids(params.datasets[key])]
     return ModelCardData(
         base_model=known or None,
@@ -155,7 +155,7 @@ def stage_rows(facts: Facts) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "parent": stage.parent,
-                "dataset": stage.dataset,
+                "dataset": stage.dataset if stage.method != "import" else f"elsewhere; asked {stage.dataset}",
                 "method": stage.method,
                 "layers": facts.trained(name),
                 "steps": spent.get("steps", "–"),
