@@ -28,7 +28,20 @@ from stages.models.losses import Batch, pad, token_losses
 from tests.conftest import ARCHITECTURES, COMMON
 from tests.stages.test_train import make_examples
 
+
+class Doubled(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def with_head_of_its_own():
+    made = ARCHITECTURES["llama-untied"]()
+    made.set_output_embeddings(Doubled(COMMON["hidden_size"], COMMON["vocab_size"], bias=False))
+    return made
+
+
 OTHERS = {
+    "a head of its own": with_head_of_its_own,  # which is more than a product
     "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON)),  # its output layer has biases
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)),
 }
