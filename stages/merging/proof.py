@@ -84,8 +84,7 @@ class Proof:
     def _refuse_absent(self, path: str, weights: Tensors) -> None:
         """Raise a MistakeError if the merge is a sum of changes, and theirs is more than rounding takes."""
         before = self._base.module(path)
-        stages = [stage for stage in self._merged.stages if path in stage.adapter.modules]
-        alone = {stage.name: stage.alone(path) for stage in stages}
+        alone = {stage.name: stage.alone(path) for stage in self._merged.stages}
         places = [(parameter, *place) for parameter in weights for place in self._merged.matrices(path, parameter)]
         for parameter, name, place in places:
             weight, dtype = before[parameter][place], DTYPES[self._merged.specification(f"{path}.{parameter}")[1]]

@@ -190,7 +190,7 @@ class Adapter:
             leaf = leaf.get_submodule(part)
         leaf.add_module(last, module)
         config = PeftConfig.from_pretrained(str(self.folder))
-        config.inference_mode, config.task_type, config.target_modules = True, None, re.escape(path)
+        config.task_type, config.target_modules = None, re.escape(path)
         config.modules_to_save = None  # they are other modules
         inject_adapter_in_model(config, tree)
         set_peft_model_state_dict(tree, {f"{path}.{part}": self._read(path, part) for part in self._keys[path]})

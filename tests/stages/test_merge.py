@@ -153,12 +153,13 @@ def test_depth_scaling_grows_with_the_layer_and_filters_pick_modules():
     assert torch.allclose(found[f"{path}.weight"], truth, atol=1e-6)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
-def test_a_stage_that_trains_only_the_embedding_leaves_the_old_head(architecture):
+def test_a_stage_that_trains_only_the_embedding_leaves_the_old_head(architecture, dora):
     make_base(architecture)
     before = load_base()
     embedding = next(name for name, module in before.named_modules() if module is before.get_input_embeddings())
-    make_outside("one", before, LoraConfig(target_modules=[embedding], r=2))
+    make_outside("one", before, LoraConfig(target_modules=[embedding], r=2, use_dora=dora))
 
     found = merged(weights={"one": 1.0}, dtype="float32")
     model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
@@ -281,12 +282,16 @@ def test_a_method_that_tells_outputs_from_inputs_is_given_conv1d_as_out_by_in(me
         make_stage(name, load_base(), kind, "1", **({"rank": 3} if kind == "lora" else {}))
     base, stages = open_stages(["one", "two"])
     path = "transformer.h.1.mlp.c_fc"
-    found = Merged(base, stages, Merge(method=method, weights={"one": 1.0, "two": 1.0})).module(path)["weight"]
+    merge = Merged(base, stages, Merge(method=method, weights={"one": 1.0, "two": 1.0}))
 
     weight, *models = (each.module(path)["weight"].T.contiguous() for each in (base, *stages))
     truth = merge_tensors([weight, *models], method, base_index=0, parameters={"weight": 1.0})
 
-    assert torch.linalg.norm(found.T - truth) <= 1e-4 * torch.linalg.norm(truth - weight)
+    found, room = merge.module(path)["weight"], 1e-4 * torch.linalg.norm(truth - weight)
+    assert torch.linalg.norm(found.T - truth) <= room
+    if (factors := merge.factors(path)) is not None:
+        assert torch.linalg.norm(weight + (factors[0] @ factors[1]).T - truth) <= room
+    assert (factors is None) == (kind == "full" or method == "knots")
 
 
 def test_a_stage_counts_for_an_expert_only_if_it_changes_it():

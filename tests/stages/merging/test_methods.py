@@ -247,7 +247,19 @@ def test_core_space_gives_the_dense_result(method, shape, ranks):
     assert near(left @ right, dense, 1e-4 if method == "iso_cts" else 1e-5)
 
 
-def test_tsv_m_and_svc_are_the_sum_where_stages_do_not_overlap():
+SVD = torch.linalg.svd
+
+
+def svd_of_float64(matrix: Tensor, **settings: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD where LAPACK gives up in float32."""
+    if matrix.dtype == torch.float32:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+    return SVD(matrix, **settings)
+
+
+@pytest.mark.parametrize("svd", [SVD, svd_of_float64])
+def test_tsv_m_and_svc_are_the_sum_where_stages_do_not_overlap(monkeypatch, svd):
+    monkeypatch.setattr(torch.linalg, "svd", svd)
     u, v = orthogonal(30, 0), orthogonal(50, 1)
     deltas = [u[:, i : i + 3] @ torch.diag(torch.tensor([3.0, 2.0, 1.0])) @ v[i : i + 3] for i in (0, 3, 6)]
     assert near(merge("tsv_m", deltas, [1.0, 2.0, -1.0]), deltas[0] + 2 * deltas[1] - deltas[2])

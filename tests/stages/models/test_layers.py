@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE
 from stages.methods import METHODS
-from stages.models.architecture import exactly, layer_stack, place
+from stages.models.architecture import exactly, kind_of, layer_stack, place
 from stages.models.layers import linear_modules, norm_modules, select
 from stages.settings.ranges import parse
 from tests.conftest import ARCHITECTURES, make_base
@@ -116,6 +117,34 @@ def test_groups_of_hybrids_are_what_their_modules_do(kind):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys | LAYERS_OF.get(kind, {})))
     for group, kinds in HYBRIDS[kind].items():
         assert {place(path, layer_stack(model))[1] for path in select(model, {group: "all"})} == kinds, group
+
+
+class Doubled(nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+class Chosen(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden).topk(1)
+
+
+class Best(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden).amax(-1)
+
+
+class Gated(nn.Linear):
+    def forward(self, hidden, gate):
+        return gate * super().forward(hidden)
+
+
+DERIVED = {nn.Linear: "linear", Doubled: "linear", Chosen: "other", Best: "other", Gated: "other"}
+
+
+@pytest.mark.parametrize(("derived", "kind"), DERIVED.items())
+def test_what_is_derived_from_linear_is_a_matrix_where_it_gives_one_product(derived, kind):
+    assert kind_of(derived(3, 2)) == kind
 
 
 def test_the_regex_matches_nothing_else():

@@ -28,7 +28,20 @@ from stages.models.losses import Batch, pad, token_losses
 from tests.conftest import ARCHITECTURES, COMMON
 from tests.stages.test_train import make_examples
 
+
+class Doubled(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def with_head_of_its_own():
+    made = ARCHITECTURES["llama-untied"]()
+    made.set_output_embeddings(Doubled(COMMON["hidden_size"], COMMON["vocab_size"], bias=False))
+    return made
+
+
 OTHERS = {
+    "a head of its own": with_head_of_its_own,  # which is more than a product
     "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON)),  # its output layer has biases
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)),
 }
@@ -65,10 +78,18 @@ def gradients(made):
     return torch.cat([p.grad.double().flatten() for p in made.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHERS])
-def test_losses_and_gradients_are_those_of_all_logits(architecture, monkeypatch):
+TRAINED = [
+    *((architecture, "all but the head") for architecture in [*ARCHITECTURES, *OTHERS]),
+    ("qwen3", "the head alone"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "trained"), TRAINED)
+def test_losses_and_gradients_are_those_of_all_logits(architecture, trained, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", 50)  # more than one of them
     made, batch = make_model(architecture), pad(make_examples(), 0)
+    if trained == "the head alone":
+        made.requires_grad_(False).get_output_embeddings().requires_grad_(True)
     exact = copy.deepcopy(made).double()
     found, weights = token_losses(made, batch)
     truth = whole(exact, batch)
@@ -107,8 +128,9 @@ class MixedMLP(torch.nn.Module):
         return self.mlp(hidden + hidden.roll(1, dims=1))
 
 
-def test_an_mlp_that_mixes_positions_sees_all_of_them():
-    made, batch = make_model("llama-untied"), pad(make_examples(), 0)
+@pytest.mark.parametrize("count", [1, 12])
+def test_an_mlp_that_mixes_positions_sees_all_of_them(count):
+    made, batch = make_model("llama-untied"), pad(make_examples()[:count], 0)
     made.model.layers[-1].mlp = MixedMLP(made.model.layers[-1].mlp)
     assert torch.allclose(token_losses(made, batch)[0], whole(made, batch), rtol=1e-5, atol=1e-6)
 

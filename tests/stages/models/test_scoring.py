@@ -131,6 +131,15 @@ def test_an_answer_ends_with_every_token_of_the_generation_config():
         assert answer == (whole[: whole.index(whole[4])].strip(), "stop")
 
 
+def test_special_tokens_are_no_part_of_an_answer():
+    model, tokenizer = make_model()
+    record = {"prompt": "aaa", "completion": "z"}
+    whole = greedy(model, tokenizer, record, 9)
+    tokenizer.add_tokens([whole[4]], special_tokens=True)
+    (answer,) = scoring.generate(model, tokenizer, [record], Evaluate(max_new_tokens=9))
+    assert answer.text == whole.replace(whole[4], "").strip() != whole
+
+
 def test_questions_that_are_longer_than_the_model_have_no_answer():
     make_base("gpt2")  # 256 positions, of which none may be passed
     model, tokenizer = load_model(Checkpoint(BASE, "base"), torch.float32), load_tokenizer()

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS
 from stages.weights.checkpoint import Checkpoint, open_stages
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import TensorFile
-from tests.conftest import ARCHITECTURES, MIXTURES, ROOT, make_base, make_stage
+from tests.conftest import ARCHITECTURES, COMMON, MIXTURES, ROOT, make_base, make_stage
 
 
 def load_base():
@@ -85,6 +85,33 @@ def test_an_index_that_is_none_or_leads_out_of_its_folder_is_one_sentence(index)
         match=r"index.json (does not name files of its folder; download|is not valid JSON|holds \[\] and no object)",
     ):
         Checkpoint(BASE, "base")
+
+
+def narrower():
+    LlamaForCausalLM(LlamaConfig(**COMMON | {"intermediate_size": 48})).save_pretrained(BASE)
+
+
+def spoiled():
+    (CHECKPOINTS / "one/adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (lambda: make_base("gpt2"), r"layers.1.\S+.weight belongs to no module of the base; use an adapter that was"),
+        (
+            narrower,
+            r"lora_A.weight is \[3, 64\], which does not fit \S+.down_proj.weight of \[32, 48\]; use",
+        ),
+        (spoiled, "checkpoints/one/adapter_config.json is none of PEFT's; delete checkpoints/one, and run `dvc repro`"),
+    ],
+)
+def test_a_stage_that_is_not_of_the_base_as_it_is_now_is_one_sentence(changed, sentence):
+    make_base("llama-untied")
+    make_stage("one", load_base(), "lora", {"down_proj": "1"}, rank=3)
+    changed()
+    with pytest.raises(MistakeError, match=sentence):
+        open_stages(["one"])
 
 
 def test_a_chain_applies_each_adapter_to_its_parents_weights():

@@ -30,6 +30,7 @@ def test_what_was_put_in_is_read_back(workspace, monkeypatch, missing):
         for name in reversed(TENSORS):  # the order of the file is its own affair
             file.put(name, TENSORS[name])
     assert path.stat().st_size == whole  # the file had its length before the first tensor
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # of the header, for tensors to be aligned
     found = load_file(path)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
