@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from stages.errors import MistakeError, run
-from stages.files import ADAPTER, BASE, CHECKPOINTS, MERGED, publish, read_json, read_record, write_json
+from stages.files import BASE, CHECKPOINTS, MERGED, publish, read_json, read_record, write_json
 from stages.merging.adapter_output import AdapterOutput, check_errors
 from stages.merging.merged import Merged
 from stages.merging.writer import Writer, add_part, in_processes
 from stages.models.architecture import FILE as ARCHITECTURE
 from stages.project.params import Params, load_params
 from stages.weights.checkpoint import open_stages
-from stages.weights.places import tensors_of_peft
+from stages.weights.places import misplaced
 from stages.weights.single_file import SingleFile, single_file
-from stages.weights.tensor_file import NAMES, TensorFile
+from stages.weights.tensor_file import NAMES
 
 NOT_COPIED = {"stage.json", ARCHITECTURE, "model.safetensors.index.json"}  # files of the base alone
 
@@ -83,14 +83,12 @@ def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata:
 
 def refuse_unopened(folder: Path) -> None:
     """Raise a MistakeError unless PEFT, given the adapter on the base, has a place for each of its tensors."""
-    config, file = read_json(folder / ADAPTER[0]), TensorFile(folder / ADAPTER[1])
     try:
-        wanted, known, _ = tensors_of_peft(folder, config)
+        lost = misplaced(folder)
     except MistakeError as mistake:
         reason, _, _ = str(mistake).partition(";")
         raise MistakeError(f"params.yaml: merge.outputs names adapter, but {reason}; write model or delta") from None
-    lost = [name for name in file if known.get(name) != file.specification(name)[0]]
-    if lost := [*lost, *sorted(wanted - set(file))]:
+    if lost:
         raise MistakeError(
             f"params.yaml: merge.outputs names adapter, but PEFT would not take {lost[0]} on this base, for it takes"
             " its module for another; write model or delta"

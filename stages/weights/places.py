@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.errors import MistakeError, first_line
-from stages.files import BASE
+from stages.files import ADAPTER, BASE, read_json
 from stages.models.architecture import empty_model, text_config
 from stages.weights.adapter import FIX, PREFIX
+from stages.weights.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,3 +102,14 @@ def _on_base(name: str, names: dict[str, str]) -> str:
         if path != name and f"{path}.".startswith(own and f"{own}."):
             return f"{PREFIX}{other}.{path.removeprefix(own).removeprefix('.')}"
     return name
+
+
+def misplaced(folder: Path) -> list[str]:
+    """Tensors of an adapter for the base that PEFT, opening it, has no place for, and those that it would miss.
+
+    Raises:
+        MistakeError: PEFT refuses the adapter.
+    """
+    file = TensorFile(folder / ADAPTER[1])
+    wanted, known, _ = tensors_of_peft(folder, read_json(folder / ADAPTER[0]))
+    return [name for name in file if known.get(name) != file.specification(name)[0]] + sorted(wanted - set(file))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from analysis.telling.text import percent
 from stages.errors import MistakeError
-from stages.files import ADAPTER, publish, read_json
+from stages.files import publish
 from stages.merge import provenance
 from stages.merging.adapter_output import AdapterOutput, Fit, fit_lora
 from stages.merging.merged import Merged
@@ -26,8 +26,7 @@ from stages.project.params import PARAMS, Params, load_params
 from stages.settings.base import Base
 from stages.settings.merge import AdapterSettings, Merge
 from stages.weights.adapter import Factors
-from stages.weights.places import tensors_of_peft
-from stages.weights.tensor_file import TensorFile
+from stages.weights.places import misplaced
 from tools.exporting.merge import EXPORT, base_name, in_float32
 from tools.exporting.origin import origin
 
@@ -176,10 +175,7 @@ def sentences(merged: Merged, parts: dict[str, Part], rank: int) -> list[str]:
 
 def refuse_unopened(folder: Path) -> None:
     """Raise a MistakeError unless PEFT, given the adapter on the base, has a place for each of its tensors."""
-    file = TensorFile(folder / ADAPTER[1])
-    wanted, known = tensors_of_peft(folder, read_json(folder / ADAPTER[0]))
-    lost = [name for name in file if known.get(name) != file.specification(name)[0]]
-    if lost := [*lost, *sorted(wanted - set(file))]:
+    if lost := misplaced(folder):
         raise MistakeError(
             f"PEFT would not take {lost[0]} of {folder.name.removesuffix('.tmp')} on this base, for it takes its module"
             " for another; export model"
