@@ -43,11 +43,17 @@ def sha256(paths: Iterable[Path]) -> str:
 def refuse_untracked(path: Path, where: str) -> None:
     """Raise a MistakeError if a file or folder of the user's is there, but not in DVC's temporary workspace.
 
+    Or if the system does not say whether it is there, as of a name that is too long or in a folder that is closed.
+
     Args:
         path: from the folder of params.yaml.
         where: the key that names it, such as `params.yaml: base.model`.
     """
-    if not path.exists() and (Path(os.environ.get("DVC_ROOT", ".")) / path).exists():
+    try:
+        is_elsewhere = not path.exists() and (Path(os.environ.get("DVC_ROOT", ".")) / path).exists()
+    except OSError as error:
+        raise MistakeError(f"{where} cannot be looked up ({error.strerror}); correct the path") from None
+    if is_elsewhere:
         raise MistakeError(
             f"{where} {str(path)!r} is not in the workspace of --temp or --queue, which has only what git tracks; git"
             " add it, or write its full path"

@@ -50,6 +50,7 @@ WORDS = [
     "0-9",
     "../up",
     "/etc/passwd",
+    "x" * 300,  # no name of a file
     ".",
     "",
     "\ud83d",

@@ -158,3 +158,17 @@ def test_what_git_does_not_track_is_told_where_dvc_left_it_out(workspace, monkey
             f"{key} {path!r} is not in the workspace of --temp or --queue, which has only what git tracks; git add"
         )
         assert str(mistake.value).startswith(sentence) == is_there, root
+
+
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [
+        ("here.path", lambda path: LocalFile(source="file", path=path, eval=1).rows("", "here")),
+        ("params.yaml: base.model", lambda path: locate(Base(model=path))),
+        ("path", imports),
+        ("here.score", lambda path: choose(f"{path}:half", None, [{"completion": "a"}], "here")),
+    ],
+)
+def test_a_path_that_the_system_does_not_take_is_told(workspace, key, read):
+    with pytest.raises(MistakeError, match=rf"^{key} cannot be looked up \(File name too long\); correct the path$"):
+        read("x" * 300)
