@@ -282,9 +282,10 @@ def test_the_converter_is_a_pinned_tool_of_an_environment_of_its_own(monkeypatch
         to_gguf.find_converter(Path("llama.cpp"))
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_llama_cpps_own_converter_makes_it(merged):
-    """With a tokenizer that it knows; it orders the rows of q and k by pairs of the rotation."""
+    """With a tokenizer that it knows. It orders the rows of q and k by pairs of the rotation. uv fetches it."""
     (name,) = BUNDLED
     source = locate(Base(model=name))
     del source["quantization_config"]
@@ -466,7 +467,12 @@ def test_pushed_and_pulled(merged, monkeypatch, capsys):
     model.main("tiny", license=None)
     with pytest.raises(MistakeError, match=r"export/model/README.md names no licence, and without one nobody may use"):
         hub.main("me/tiny", public=True, dry_run=False)
+    Path("merged/additional_chat_templates").mkdir()
+    Path("merged/additional_chat_templates/short.jinja").write_text("{{ messages }}")
     model.main("tiny", license="mit")
+    (model.FOLDER / ".ipynb_checkpoints").mkdir()
+    (model.FOLDER / ".ipynb_checkpoints/notebook.ipynb").write_text("{}")
+    pushed = {path.name for path in model.FOLDER.iterdir() if path.is_file()}
     with FakeHub(monkeypatch) as fake:
         capsys.readouterr()
         hub.main("me/tiny", public=False, dry_run=True)
@@ -475,7 +481,7 @@ def test_pushed_and_pulled(merged, monkeypatch, capsys):
         hub.main("me/tiny", public=False, dry_run=False)
         assert fake.private == {"me/tiny": True}
         assert fake.validated == [fake.repos["me/tiny"]["README.md"].decode()]
-        assert fake.repos["me/tiny"].keys() == {path.name for path in model.FOLDER.iterdir()}
+        assert fake.repos["me/tiny"].keys() == pushed | {"additional_chat_templates/short.jinja"}
         assert b'model="me/tiny"' in fake.repos["me/tiny"]["README.md"]
         assert b'model=\\"me/tiny\\"' in fake.repos["me/tiny"]["notebook.ipynb"]
         pulled = AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir="cache").state_dict()
