@@ -31,6 +31,13 @@ MISSING = {  # by command: what an empty folder, a fresh clone and one where the
         "checkpoints/sums holds no trained stage; run `dvc repro train@sums`",
     ),
     "export model": ("params.yaml is missing", *("merged/lineage.json is missing; run `dvc repro`",) * 2),
+    "export gguf": ("params.yaml is missing", *("merged/lineage.json is missing; run `dvc repro`",) * 2),
+    "export lora": (
+        "params.yaml is missing",
+        "checkpoints/base holds no .safetensors file; run `dvc repro`",
+        "checkpoints/sums holds no trained stage; run `dvc repro train@sums`",
+    ),
+    "export hub me/tiny": ("export/model holds no model with its card; run `strata export model`",) * 3,
     "provenance merged/model.safetensors": ("merged/model.safetensors is no safetensors file",) * 3,
     "plan": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),
     "run": ("params.yaml is missing", "dvc cannot say what would run", "dvc cannot say what would run"),

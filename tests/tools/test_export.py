@@ -17,17 +17,19 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from analysis.telling.facts import gather
 from stages import merge
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS, MERGED, read_json, sha256, write_json
 from stages.models.source import BUNDLED, locate
+from stages.project.params import load_params
 from stages.settings.base import Base
 from tests.analysis.conftest import STAGES, Project
 from tests.conftest import make_base, make_outside, make_stage, make_tokenizer
 from tests.tools.hub import FakeHub
+from tools.exporting import card, hub, lora, model, sbom, shards
 from tools.exporting import gguf as to_gguf
-from tools.exporting import hub, lora, model, sbom, shards
-from tools.exporting.origin import origin
+from tools.exporting.origin import Origin, origin
 
 CHAT = (
     "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}<end>{% endfor %}"
@@ -86,21 +88,21 @@ def test_the_exported_model_is_the_merged_one_with_its_card(merged):
     assert (model.FOLDER / "model.safetensors").samefile(MERGED / "model.safetensors")
     assert not (model.FOLDER / "config.json").samefile(MERGED / "config.json")
 
-    card, matrix = ModelCard.load(model.FOLDER / "README.md"), read_json(Path("reports/evaluation.json"))["matrix"]
-    told = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
+    page, matrix = ModelCard.load(model.FOLDER / "README.md"), read_json(Path("reports/evaluation.json"))["matrix"]
+    told = {(each.dataset_name, each.metric_type): each.metric_value for each in page.data.eval_results}
     assert told == {(skill, key): value for skill, cell in matrix["merged"].items() for key, value in cell.items()}
-    assert card.data.model_name == "tiny" and card.data.license == "mit" and card.data.library_name == "transformers"
-    assert not {"base_model", "base_model_relation", "datasets", "language"} & card.data.to_dict().keys()
+    assert page.data.model_name == "tiny" and page.data.license == "mit" and page.data.library_name == "transformers"
+    assert not {"base_model", "base_model_relation", "datasets", "language"} & page.data.to_dict().keys()
     for stage, (parent, method, layers) in STAGES.items():
-        row = next(line for line in card.text.splitlines() if line.startswith(f"| {stage} |"))
+        row = next(line for line in page.text.splitlines() if line.startswith(f"| {stage} |"))
         assert f"| {parent} | {stage} | {method}, layer" in row and layers in row and "10 % → 80 % (accuracy)" in row
-        assert f"adapter of {stage} | `{sha256([CHECKPOINTS / stage / 'adapter_model.safetensors'])}`" in card.text
-    assert f"`{sha256([MERGED / 'model.safetensors'])}`" in card.text
-    assert "![Every model on every skill](evaluation.svg)" in card.text and (model.FOLDER / "evaluation.svg").exists()
+        assert f"adapter of {stage} | `{sha256([CHECKPOINTS / stage / 'adapter_model.safetensors'])}`" in page.text
+    assert f"`{sha256([MERGED / 'model.safetensors'])}`" in page.text
+    assert "![Every model on every skill](evaluation.svg)" in page.text and (model.FOLDER / "evaluation.svg").exists()
     assert (
-        "Nothing that no stage learns was measured" in card.text and "Storing the merged model as bfloat16" in card.text
+        "Nothing that no stage learns was measured" in page.text and "Storing the merged model as bfloat16" in page.text
     )
-    assert not re.search(r"\bNone\b|\bnan\b", card.text)
+    assert not re.search(r"\bNone\b|\bnan\b", page.text)
 
 
 def test_its_code_and_its_notebook_run_as_printed(merged):
@@ -149,6 +151,21 @@ def test_what_cannot_be_exported_is_one_sentence(merged):
     Path("params.yaml").write_text(Path("params.yaml").read_text() + "  outputs: [adapter]\n")
     with pytest.raises(MistakeError, match=r"params.yaml: merge.outputs names no model to export; add model to it"):
         model.main("tiny", None)
+
+
+def test_the_card_names_what_is_on_the_hub_and_nothing_else(merged):
+    text = Path("params.yaml").read_text()
+    text = text.replace("names: {source: file, path: names.jsonl,", "names: {source: hub, id: me/names, revision: abc,")
+    Path("params.yaml").write_text(text)
+    known = Origin("me/base", {"license": "mit"}, ["en"])
+    data = card.metadata(gather(load_params()), known, "tiny")
+    assert (data.base_model, data.base_model_relation) == (["me/base"], "finetune")
+    assert (data.datasets, data.language, data.license) == (["me/names"], ["en"], "mit")
+    assert {each.dataset_type for each in data.eval_results} == {"sums", "me/names", "prose"}
+    imported = "parent: base, dataset: prose, method: import, id: me/prose, revision: abc"
+    Path("params.yaml").write_text(re.sub(r"  prose: \{parent[^}]*", f"  prose: {{{imported}", text))
+    data = card.metadata(gather(load_params()), known, "tiny")
+    assert (data.base_model, data.base_model_relation) == (["me/base", "me/prose"], "merge")
 
 
 CARD = "---\nlicense: {}\nlanguage:\n- en\n- ru\n---\n# A model\n"
@@ -282,9 +299,10 @@ def test_the_converter_is_a_pinned_tool_of_an_environment_of_its_own(monkeypatch
         to_gguf.find_converter(Path("llama.cpp"))
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_llama_cpps_own_converter_makes_it(merged):
-    """With a tokenizer that it knows; it orders the rows of q and k by pairs of the rotation."""
+    """With a tokenizer that it knows. It orders the rows of q and k by pairs of the rotation. uv fetches it."""
     (name,) = BUNDLED
     source = locate(Base(model=name))
     del source["quantization_config"]
@@ -466,7 +484,12 @@ def test_pushed_and_pulled(merged, monkeypatch, capsys):
     model.main("tiny", license=None)
     with pytest.raises(MistakeError, match=r"export/model/README.md names no licence, and without one nobody may use"):
         hub.main("me/tiny", public=True, dry_run=False)
+    Path("merged/additional_chat_templates").mkdir()
+    Path("merged/additional_chat_templates/short.jinja").write_text("{{ messages }}")
     model.main("tiny", license="mit")
+    (model.FOLDER / ".ipynb_checkpoints").mkdir()
+    (model.FOLDER / ".ipynb_checkpoints/notebook.ipynb").write_text("{}")
+    pushed = {path.name for path in model.FOLDER.iterdir() if path.is_file()}
     with FakeHub(monkeypatch) as fake:
         capsys.readouterr()
         hub.main("me/tiny", public=False, dry_run=True)
@@ -475,7 +498,7 @@ def test_pushed_and_pulled(merged, monkeypatch, capsys):
         hub.main("me/tiny", public=False, dry_run=False)
         assert fake.private == {"me/tiny": True}
         assert fake.validated == [fake.repos["me/tiny"]["README.md"].decode()]
-        assert fake.repos["me/tiny"].keys() == {path.name for path in model.FOLDER.iterdir()}
+        assert fake.repos["me/tiny"].keys() == pushed | {"additional_chat_templates/short.jinja"}
         assert b'model="me/tiny"' in fake.repos["me/tiny"]["README.md"]
         assert b'model=\\"me/tiny\\"' in fake.repos["me/tiny"]["notebook.ipynb"]
         pulled = AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir="cache").state_dict()

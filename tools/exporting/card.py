@@ -29,7 +29,8 @@ CODE = """\
 from transformers import pipeline
 
 ask = pipeline("text-generation", model="{model}", max_new_tokens={tokens}{trust})
-print(ask({question})[0]["generated_text"]{answer})"""
+question = {question}
+print(ask(question)[0]["generated_text"]{answer})"""
 
 
 def make_card(facts: Facts, origin: Origin, lineage: dict[str, Any], name: str) -> ModelCard:
@@ -132,7 +133,10 @@ def tell(facts: Facts, origin: Origin, lineage: dict[str, Any], name: str) -> di
 def legend(facts: Facts) -> str:
     """How to read the picture and the table."""
     learned, guarded = set(facts.settings.skills.values()), facts.settings.guards
-    told = "Rows are models, columns are what they were asked, with questions that no stage has seen."
+    told = (
+        "Rows are models, columns are what they were asked, with questions that no stage has seen. A frame is the skill"
+        " that a stage was trained on, ▼ what got worse by more than chance."
+    )
     if guarded := [name for name in facts.evaluation["measures"] if name in guarded and name not in learned]:
         told += f" No stage learns {', '.join(guarded)}: it shows what the training did to the rest."
     return told

@@ -23,7 +23,7 @@ def main(repo: str, public: bool, dry_run: bool) -> None:
             repository is public and --public was not said, or the hub refuses.
     """
     licence = read_licence()
-    files = {path.name: contents(path, repo) for path in sorted(FOLDER.iterdir()) if path.is_file()}
+    files = {path.relative_to(FOLDER).as_posix(): contents(path, repo) for path in listed()}
     if dry_run:
         for name, content in files.items():
             print(f"{size(len(content) if isinstance(content, bytes) else content.stat().st_size):>8}  {name}")
@@ -57,6 +57,12 @@ def read_licence() -> str:
             f" and {AGAIN} with --license ID"
         )
     return str(licence)
+
+
+def listed() -> list[Path]:
+    """Files to push: all but hidden ones, which notebooks and editors leave."""
+    paths = sorted(path for path in FOLDER.rglob("*") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(FOLDER).parts)]
 
 
 def contents(path: Path, repo: str) -> Path | bytes:

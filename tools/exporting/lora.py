@@ -77,9 +77,9 @@ def main(rank: int, merged: bool) -> None:
     torch.set_num_threads(params.thread_count)
     merges = {"merged": params.merge} if merged else {name: alone(params, name) for name in params.stages}
     for name, merge in merges.items():
-        settings = merge.model_copy(update={"adapter": AdapterSettings(rank=rank)})
-        facts = provenance(params.model_copy(update={"merge": settings}))
-        print(export(in_float32(settings), name, rank, params.base, facts))
+        exact = in_float32(merge.model_copy(update={"adapter": AdapterSettings(rank=rank)}))
+        facts = provenance(params.model_copy(update={"merge": exact.merge}))
+        print(export(exact, name, rank, params.base, facts))
 
 
 def alone(params: Params, name: str) -> Merge:

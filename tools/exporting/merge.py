@@ -46,6 +46,13 @@ def base_name() -> tuple[str, str | None]:
     return (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
 
 
+def copy_companions(folder: Path) -> None:
+    """Copy all that lies in merged/ beside its weights; people may edit the copies."""
+    for path in MERGED.iterdir():
+        if path.suffix != ".safetensors" and path.name != "adapter":
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+
+
 def link(source: Path, target: Path) -> None:
     """Have a large file a second time without its bytes, where the disk can."""
     try:

@@ -5,18 +5,17 @@ README.md, the picture of the evaluation, lineage.json, and a notebook that load
 """
 
 import shutil
-from pathlib import Path
 
 from analysis.telling.facts import gather
 from stages.errors import MistakeError
 from stages.files import MERGED, REPORTS, publish, write_json
 from stages.project.params import load_params
 from tools.exporting.card import FOLDER, code, make_card, tell
-from tools.exporting.merge import link, read_lineage
+from tools.exporting.merge import copy_companions, link, read_lineage
 from tools.exporting.notebook import make_notebook
 from tools.exporting.origin import Origin, origin
 
-PICTURE = "evaluation.svg"
+PICTURE, WEIGHTS = "evaluation.svg", "model.safetensors"
 
 
 def main(name: str, license: str | None) -> None:
@@ -32,7 +31,8 @@ def main(name: str, license: str | None) -> None:
         raise MistakeError(f"{REPORTS / PICTURE} is missing; run `dvc repro`")
     facts, known = gather(params), with_licence(origin(params.base), license)
     with publish(FOLDER) as folder:
-        copy_model(folder)
+        copy_companions(folder)
+        link(MERGED / WEIGHTS, folder / WEIGHTS)
         shutil.copyfile(REPORTS / PICTURE, folder / PICTURE)
         if known.licence_file:
             shutil.copyfile(known.licence_file, folder / known.licence_file.name)
@@ -50,14 +50,3 @@ def with_licence(known: Origin, given: str | None) -> Origin:
     if known.licence and known.licence["license"] not in (given, "other"):
         raise MistakeError(f"--license {given}: the base says {known.licence['license']} of itself; leave it out")
     return Origin(known.id, {"license": given}, known.languages, known.quantised, known.licence_file)
-
-
-def copy_model(folder: Path) -> None:
-    """The files of merged/: weights as links, what people may edit as copies."""
-    for path in MERGED.iterdir():
-        if path.is_dir():
-            continue  # the adapter is a model of its own
-        if path.name == "model.safetensors":
-            link(path, folder / path.name)
-        elif path.name != "delta.safetensors":
-            shutil.copyfile(path, folder / path.name)

@@ -26,13 +26,13 @@ def make_notebook(told: dict[str, Any], code: str) -> dict[str, Any]:
     heads = [" ", *told["skills"]]
     rows = [heads, ["---"] * len(heads), *([model, *cells] for model, cells in told["matrix"].items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    loading, _, asking = code.rpartition("\n")
+    loading, asking = code.split("\nquestion", 1)
     is_chat = asking.endswith('["content"])')
     cells = [
         ("markdown", f"# {told['name']}\n\nRun the cells from top to bottom."),
         ("code", f'%pip install -q "transformers>={told["transformers"]}" torch'),
         ("code", loading),
-        ("code", asking),
+        ("code", f"question{asking}"),
         ("markdown", f"## Every model on every skill\n\n{table}\n\n{told['legend']}"),
         ("markdown", "## Ask it yourself\n\nIt remembers what was said." if is_chat else "## Let it go on"),
         ("code", CHAT if is_chat else CONTINUE),

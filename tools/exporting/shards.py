@@ -1,6 +1,5 @@
 """`strata export shards`: the merged model in several files with an index, as transformers reads them."""
 
-import shutil
 from typing import Any
 
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
@@ -11,7 +10,7 @@ from stages.project.params import load_params
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import TensorFile
 from stages.weights.tensor_file import size as size_of
-from tools.exporting.merge import EXPORT, read_lineage
+from tools.exporting.merge import EXPORT, copy_companions, read_lineage
 
 FOLDER = EXPORT / "shards"
 WEIGHTS = "model.safetensors"
@@ -27,9 +26,7 @@ def main(size: str) -> None:
     source = TensorFile(MERGED / WEIGHTS)
     plan = split(source, size)
     with publish(FOLDER) as folder:
-        for path in MERGED.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
-                shutil.copyfile(path, folder / path.name)
+        copy_companions(folder)
         for file, names in plan.filename_to_tensors.items():
             specifications = {name: source.specification(name) for name in names}
             with single_file(folder / file, specifications, source.metadata) as shard:
