@@ -25,10 +25,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 def add_arguments(parser: ArgumentParser) -> None:
     """What to export, and how."""
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
-    parsers = {
-        kind: kinds.add_parser(kind, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        for kind, text in KINDS.items()
-    }
+    parsers = {kind: kinds.add_parser(kind, help=text, description=f"{text}.") for kind, text in KINDS.items()}
     folder = re.sub(r"[^\w.-]+", "-", Path.cwd().name) or "model"
     for kind in ("model", "gguf", "sbom"):
         parsers[kind].add_argument("--name", type=name, default=folder, help="what it is called; %(default)s")
