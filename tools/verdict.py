@@ -48,6 +48,11 @@ class Verified:
         return ENOUGH / len(self.adapters) if self.expect is None else self.expect
 
     @property
+    def most(self) -> float:
+        """The largest factor that is no finding: a little above 1, or above what the user expects."""
+        return (1 + EVEN) * (max(1.0, self.expect / ENOUGH) if self.expect is not None else 1.0)
+
+    @property
     def sound(self) -> list[Fitted]:
         """Tensors whose numbers are finite."""
         return [tensor for tensor in self.tensors if tensor.is_finite]
@@ -135,7 +140,7 @@ def _judge_factor(verified: Verified, number: int, present: list[Fitted], usual:
     adapter, mine = verified.adapters[number], verified.of(number)
     name, file = adapter.name, verified.file
     uneven = [t for t in present if not _is_near(t, number, usual, EVEN)]
-    is_odd = bool(uneven) or not verified.least <= usual <= 1 + EVEN
+    is_odd = bool(uneven) or not verified.least <= usual <= verified.most
     mistakes = _mistakes(adapter.adapter, present, is_odd) if is_odd or verified.expect is None else []
     if reasons := [text for text, wrong in mistakes if _fits(present, number, wrong)]:
         factor, why = _span(present, number), ", or ".join(reasons)
@@ -149,6 +154,11 @@ def _judge_factor(verified: Verified, number: int, present: list[Fitted], usual:
         yield (
             f"{name} is in {file} by {usual:.2f}, and the least is {verified.least:.2f}; merge it again, or give"
             f" --expect {usual - NONE:.2f} if that is its weight"
+        )
+    elif usual > verified.most + NONE:
+        yield (
+            f"{name} is in {file} by {usual:.2f}, more than once; merge it again, or give --expect"
+            f" {usual - NONE:.2f} if that is its weight"
         )
 
 

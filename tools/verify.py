@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as format_json
+import math
 import shutil
 import tempfile
 from argparse import ArgumentParser
@@ -80,8 +81,8 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
     Raises:
         MistakeError: the base or an adapter is none, or the file is not there.
     """
-    if expect is not None and not expect >= 0:
-        raise MistakeError(f"--expect is {expect}; write a number from 0, such as 0.9")
+    if expect is not None and not math.isfinite(expect):
+        raise MistakeError(f"--expect is {expect}; write a number, such as 0.9")
     if not file.exists():
         raise MistakeError(f"{file} is not there; name a .safetensors file, or the folder of a model")
     model = _model(base)

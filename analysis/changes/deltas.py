@@ -74,7 +74,8 @@ def measure(stages: list[VirtualCheckpoint], exact: Merged, file: Checkpoint | M
 
 def delta_of(stage: VirtualCheckpoint, path: str, factors: Factors | None) -> Tensors:
     """What a stage changes in a module: the product of its factors, else the difference to its parent's weights."""
-    return stage.delta(path) if factors is None else {"weight": factors[0] @ factors[1]}
+    weight = {} if factors is None else {"weight": factors[0] @ factors[1]}
+    return weight if weight and not stage.adapter.has_bias(path) else stage.delta(path) | weight
 
 
 @dataclass(frozen=True)

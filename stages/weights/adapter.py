@@ -35,6 +35,7 @@ LORA = {
 }
 VERA = {"vera_lambda_b", "vera_lambda_d"}
 BIAS = "base_layer.bias"  # trained beside an adapter, with `bias` of PEFT's configuration
+BIASES = {BIAS, "lora_B.bias"}
 SHARED = ("base_model.vera_A", "base_model.vera_B")  # VeRA's random factors, one pair for all modules
 FIX = "use an adapter that was trained on this base"
 
@@ -79,9 +80,13 @@ class Adapter:
         )
 
     def is_low_rank(self, path: str) -> bool:
-        """Whether the delta of module `path` has low-rank factors: plain LoRA, rsLoRA and VeRA have them."""
-        parts = set(self._keys[path])
+        """Whether the delta of the weight of `path` has low-rank factors: plain LoRA, rsLoRA and VeRA have them."""
+        parts = set(self._keys[path]) - BIASES
         return parts == VERA or (self._is_lora and parts == {"lora_A.weight", "lora_B.weight"})
+
+    def has_bias(self, path: str) -> bool:
+        """Whether it changes the bias of `path` beside its weight."""
+        return bool(BIASES & self._keys[path].keys())
 
     def factors(self, path: str, parameter: str = "weight") -> Factors | None:
         """The delta of a parameter as left [rows, r] @ right [r, columns], float32; None if it is not low-rank.

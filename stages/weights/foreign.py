@@ -68,7 +68,7 @@ class Refusal(NamedTuple):
 
 
 def _changes_the_base(init: Any) -> bool:
-    return str(init).lower() not in ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+    return str(init).lower() not in ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 REFUSED = {
@@ -222,8 +222,8 @@ def names_in_peft(
             raise MistakeError(f"{file.path}: {key} has numbers that are not finite; take an adapter that trained well")
     if missing := sorted(wanted - set(names.values())):
         raise MistakeError(
-            f"{file.path} lacks {missing[0]}, one of {len(missing)} that its adapter_config.json asks for; save the"
-            " adapter again as a whole"
+            f"{file.path} lacks {missing[0]}, one of {len(missing)} that its adapter_config.json asks for;"
+            f" {_fix_of_room(base) or 'save the adapter again as a whole'}"
         )
     if len(set(names.values())) < len(names):
         raise MistakeError(f"{file.path} has several tensors for one place; save the adapter again by PEFT")
@@ -318,7 +318,14 @@ def _fix_of_shape(shape: list[int], wanted: list[int], base: Path) -> str:
     sizes = [pair for pair in zip(shape, wanted, strict=False) if pair[0] != pair[1]]
     if len(shape) == len(wanted) and len(sizes) == 1 and wanted[0] == _vocabulary(base):
         return "where tokens were added to its base, give that base with its embedding resized as base.model"
-    return f"correct that file, or {FIX}"
+    return _fix_of_room(base) or f"correct that file, or {FIX}"
+
+
+def _fix_of_room(base: Path) -> str:
+    """What to do about an adapter of the base as it was before room was made in it; "" if none was."""
+    room = read_json(base / "stage.json").get("room", {}) if (base / "stage.json").exists() else {}
+    keys = " and ".join(f"base.{key}" for key, value in room.items() if value)
+    return keys and f"it may be of the base without {keys}: leave that out of params.yaml, or train on what it makes"
 
 
 def _vocabulary(base: Path) -> int:

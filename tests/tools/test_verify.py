@@ -254,6 +254,16 @@ FAULTS = {  # settings of the adapter, what is done to its right merge, and the 
         scaled(0.7),
         "one is in merged by 0.70, and the least is 0.90; merge it again, or give --expect 0.69",
     ),
+    "too much": (
+        {},
+        scaled(30.0),
+        "one is in merged by 30.00, more than once; merge it again, or give --expect 29.99 if that is its weight",
+    ),
+    "taken away": (
+        {},
+        scaled(-1.0),
+        "one is in merged by -1.00, and the least is 0.90; merge it again, or give --expect -1.01",
+    ),
     "another base": (
         {},
         of_another,
@@ -332,13 +342,14 @@ def test_what_rounding_takes_is_told_and_float32_keeps(capsys, dtype):
     passes(capsys, "--adapter", "one")
 
 
-def test_a_weight_that_is_meant_passes_where_it_is_expected(capsys):
+@pytest.mark.parametrize(("factor", "expected"), [(0.7, "0.6"), (30.0, "29.99"), (-1.0, "-1.01")])
+def test_a_weight_that_is_meant_passes_where_it_is_expected(capsys, factor, expected):
     make_base("llama-untied")
     adapt("one")
     merge("one")
-    scaled(0.7)()
-    told = passes(capsys, "--adapter", "one", "--expect", "0.6")
-    assert told["adapters"]["one"]["modules"]["q_proj"]["factor"] == pytest.approx(0.7, abs=1e-5)
+    scaled(factor)()
+    told = passes(capsys, "--adapter", "one", "--expect", expected)
+    assert told["adapters"]["one"]["modules"]["q_proj"]["factor"] == pytest.approx(factor, abs=1e-4)
 
 
 def test_a_head_that_the_file_ties_to_the_embedding_is_told(capsys):

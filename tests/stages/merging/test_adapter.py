@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from analysis.changes.deltas import delta_of
+from stages import merge as merge_stage
 from stages.errors import MistakeError
 from stages.files import BASE, CHECKPOINTS
 from stages.merging.adapter_output import AdapterOutput, as_dora, check_errors, fit_dora, fit_lora
@@ -18,7 +20,7 @@ from stages.merging.merged import Merged
 from stages.models.layers import linear_modules, select
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
-from tests.conftest import make_base, make_stage
+from tests.conftest import make_base, make_outside, make_stage
 
 
 def load_base():
@@ -63,6 +65,24 @@ def test_lora_is_recompressed_exactly_and_to_no_more_than_its_rank(out, size, ra
     assert fit.B.shape == (out, rank) and fit.A.shape == (rank, size) and fit.magnitude is None
     assert error < 1e-6 and fit.error == pytest.approx(error, rel=1e-3)
     assert torch.allclose(fit.B.norm(dim=0), fit.A.norm(dim=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_lora_with_biases_is_a_lora_again(bias):
+    make_base("qwen2")
+    targets = ["q_proj", "k_proj"]
+    make_outside("one", load_base(), LoraConfig(r=4, target_modules=targets, bias=bias, init_lora_weights=False))
+    truth = PeftModel.from_pretrained(load_base(), CHECKPOINTS / "one").merge_and_unload().state_dict()
+    merge = Merge(weights={"one": 1.0}, dtype="float32", outputs=["adapter"])
+    merge_stage.write(Merged(*open_stages(["one"]), merge), Path("merged"), {"format": "pt"})
+    assert not json.loads(Path("merged/adapter/adapter_config.json").read_text())["use_dora"]
+    found = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(found[name], weights, atol=1e-6) for name, weights in truth.items())
+    stage = open_stages(["one"])[1][0]
+    for path in stage.adapter.modules:
+        delta = delta_of(stage, path, stage.adapter.factors(path))
+        assert delta.keys() == stage.delta(path).keys()
+        assert all(torch.allclose(delta[name], change, atol=1e-6) for name, change in stage.delta(path).items())
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear"])

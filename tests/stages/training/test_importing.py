@@ -48,6 +48,7 @@ CONFIGS = {
     "embedding": LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "regex, Gaussian start": LoraConfig(target_modules=r".*layers\.[13].*_proj", init_lora_weights="gaussian"),
+    "no start": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=None),
     "orthogonal start": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="orthogonal"),
     "MiCA": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="mica"),
     "VeLoRA": LoraConfig(target_modules=["q_proj"], r=2, velora_config=VeloraConfig()),
