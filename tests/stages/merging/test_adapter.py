@@ -74,6 +74,7 @@ def test_a_lora_with_biases_is_a_lora_again(bias):
     make_outside("one", load_base(), LoraConfig(r=4, target_modules=targets, bias=bias, init_lora_weights=False))
     truth = PeftModel.from_pretrained(load_base(), CHECKPOINTS / "one").merge_and_unload().state_dict()
     merge = Merge(weights={"one": 1.0}, dtype="float32", outputs=["adapter"])
+    Path("merged").mkdir()
     merge_stage.write(Merged(*open_stages(["one"]), merge), Path("merged"), {"format": "pt"})
     assert not json.loads(Path("merged/adapter/adapter_config.json").read_text())["use_dora"]
     found = PeftModel.from_pretrained(load_base(), "merged/adapter").merge_and_unload().state_dict()
