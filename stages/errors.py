@@ -54,10 +54,13 @@ def run(main: Callable[..., None], *args: str, **named: Any) -> None:
         end_with_parent()
     try:
         main(*args, **named)
+        sys.stdout.flush()
     except MistakeError as mistake:
         sys.exit(f"error: {mistake}")
     except KeyboardInterrupt:
         sys.exit("stopped; the next run goes on from here")
+    except BrokenPipeError:  # who read what is printed, as `head` does, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more at its end
     except Exception as error:
         if _system_error(error) not in NO_ROOM:
             raise

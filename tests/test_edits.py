@@ -4,13 +4,14 @@ Too much fails as well as too little. Then the edit is taken back, as a user wou
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import PARAMS
 from tests.forked import Pipeline, commit, copy_repository
-from tools.plan import PERHAPS, RUNS, plan
+from tools.plan import CACHED, PERHAPS, RUNS, plan
 
 pytestmark = pytest.mark.slow
 
@@ -206,3 +207,16 @@ def test_every_edit_runs_what_depends_on_it_and_nothing_else(pipeline, edits):
         pipeline.go_back()
     assert not wrong, "\n".join(wrong)
     assert pipeline.repro() == set()
+    check_what_is_left_of_a_run(pipeline)
+
+
+def check_what_is_left_of_a_run(pipeline):
+    """A run that did not come to its end: what it made is newer than what it did not come to."""
+    EDITS["a rate at the end of a chain"][0]()
+    assert pipeline.repro("train@third") == {"train@third"}
+    shutil.rmtree("data/words")  # as when the next run fails there
+    steps = {step.stage: step.fate for step in plan()[0]}
+    left = trained("third") - {"train@third"}
+    assert {stage for stage, fate in steps.items() if fate == RUNS} == left and steps["data@words"] == CACHED
+    assert pipeline.repro() == left
+    pipeline.go_back()

@@ -22,7 +22,8 @@ from stages.weights.checkpoint import open_model
 from tools.terminal import positive, visible
 
 HELP = "/swap NAME … talks to others, /reset forgets what was said, /quit ends"
-CUT = "(cut by --max-new-tokens)"
+CUT = "(cut by --max-new-tokens, or by how much the model reads)"
+LONGER = "(longer than the model reads; /reset forgets what was said)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -126,7 +127,7 @@ class Chat:
             streamer = _Visible(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
             (answer,) = generate(self.loaded[name], self.tokenizer, [record], self.bounds, streamer)
             if answer.end != STOP:
-                print("(longer than the model reads)" if answer.end == UNASKED else CUT)
+                print(LONGER if answer.end == UNASKED else CUT)
             said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
 
     def _record(self, messages: list[dict[str, str]]) -> Record:

@@ -10,7 +10,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,11 +192,20 @@ class _Plan:
         for dep in stage.deps:
             if hasattr(dep, "params"):
                 yield from _changed_params(dep)
-            elif not self.is_made(dep.fs_path) and dep.status():
+            elif self.is_made(dep.fs_path):
+                yield from self._made_anew(dep)
+            elif dep.status():
                 yield Reason(str(dep), False)
         for out in stage.outs:
             if status := out.status().get(str(out)):
                 yield Reason(f"{out} is {status}", False)
+
+    def _made_anew(self, dep: Any) -> Iterator[Reason]:
+        """What was made since the stage ran last, by a run that did not come as far as the stage."""
+        if not any(_overlap(path, dep.fs_path) for path in self.changed):
+            now = self._hash(dep)
+            if now and now != dep.hash_info:
+                yield Reason(f"{dep} is newer", True)
 
     def _look_up(self, stage: Any) -> dict[str, Any] | None:
         """What the run cache has for the inputs that the stage will have: hashes by path."""
@@ -206,6 +215,7 @@ class _Plan:
         stage.deps = [copy.copy(dep) for dep in stage.deps]
         for dep in stage.deps:
             dep.hash_info, dep.meta = self._hash(dep), Meta()  # the run cache goes by hashes, and Meta may have one too
+            dep.get_hash = partial(getattr, dep, "hash_info")  # and not that of a file, which may not be there yet
             if not dep.hash_info:
                 return None
         entry = self.repo.stage_cache._load(stage)

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from functools import cache
 from typing import Any
 
-from stages.errors import MistakeError
+from stages.errors import MistakeError, first_line
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.project.check import check_against_base
 from stages.project.params import load_params
@@ -34,7 +34,8 @@ def main(port: int) -> None:
     open_model("base")  # a sentence where there is none yet
     try:
         import uvicorn
-        from fastapi import HTTPException
+        from fastapi import HTTPException, Request
+        from fastapi.responses import JSONResponse
         from transformers.cli.serving import chat_completion, completion, response, server, systemone, transcription
         from transformers.cli.serving.model_manager import ModelManager
         from transformers.cli.serving.utils import GenerationState
@@ -81,5 +82,16 @@ def main(port: int) -> None:
         systemone.SystemOneHandler(models, state),
         state,
     )
+
+    @app.exception_handler(HTTPException)
+    def tell(_: Request, error: HTTPException) -> JSONResponse:
+        """As OpenAI's clients read it."""
+        return JSONResponse({"error": {"message": error.detail}}, error.status_code)
+
+    @app.exception_handler(ValueError)
+    def refuse(_: Request, error: ValueError) -> JSONResponse:
+        """What transformers cannot do with a request, such as a chat where the base has no chat template."""
+        return JSONResponse({"error": {"message": first_line(error)}}, 400)
+
     print(f"{', '.join(names)} at http://{HOST}:{port}/v1; Ctrl-C ends", flush=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")

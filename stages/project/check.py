@@ -50,7 +50,17 @@ def load_checked() -> Params:
     for name in _to_make("stages", params.stages, CHECKPOINTS, made):
         with placed(f"{PARAMS}: stages.{name}."):
             params.stages[name].try_out()
+    if record := _record_of_base(params):
+        refuse_layers_outside(params, record["layers"])
     return params
+
+
+def _record_of_base(params: Params) -> dict[str, Any]:
+    """Of the base in checkpoints/, if that is the one that params.yaml names; else nothing."""
+    record = read_record(BASE) if (BASE / "stage.json").exists() else {}
+    room = params.base.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
+    named = (params.base.model, params.base.revision, params.base.sha256, room)
+    return record if named == tuple(record.get(key) for key in ("model", "revision", "pin", "room")) else {}
 
 
 def check_against_base(params: Params) -> bool:
@@ -62,17 +72,15 @@ def check_against_base(params: Params) -> bool:
     Raises:
         MistakeError: the base has no such layer, no module of such a name, or a method does not go with it.
     """
-    record = read_record(BASE) if (BASE / "stage.json").exists() else {}
-    room = params.base.model_dump(include={"add_biases", "extra_neurons", "adapter_size"})
-    named = (params.base.model, params.base.revision, params.base.sha256, room)
-    is_made = named == tuple(record.get(key) for key in ("model", "revision", "pin", "room"))
-    if is_made:
-        import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
+    record = _record_of_base(params)
+    if not record:
+        return False
+    refuse_layers_outside(params, record["layers"])
+    import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
-        refuse_layers_outside(params, record["layers"])
-        model = empty_model(BASE)
-        refuse_misfits(params, model, describe(model))
-    return is_made
+    model = empty_model(BASE)
+    refuse_misfits(params, model, describe(model))
+    return True
 
 
 def refuse_layers_outside(params: Params, num_layers: int) -> None:

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from stages.errors import MistakeError
 from stages.files import write_text
+from stages.project.check import load_checked
 from stages.project.params import PARAMS, load_params
 
 yaml = YAML()  # with the indents of the repository's params.yaml
@@ -67,7 +68,7 @@ def _edited() -> Iterator[Any]:
     yaml.dump(content, after)
     write_text(PARAMS, after.getvalue())
     try:
-        load_params()
+        load_checked()
     except MistakeError:
         write_text(PARAMS, before)
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import base, data
+from tests.conftest import ROOT
 from tools import cli
 
 MISSING = {  # by command: what an empty folder, a fresh clone and one where the base and the data are ready lack
@@ -112,3 +113,11 @@ def test_bash_completes_commands_options_and_files(project, monkeypatch, capsys,
     script = capsys.readouterr().out + ask
     told = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True).stdout
     assert set(told.split()) == completed
+
+
+def test_who_reads_the_first_lines_alone_gets_no_traceback():
+    words = [sys.executable, "-m", "tools.cli", "--print-completion", "bash"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
