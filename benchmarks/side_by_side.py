@@ -1,7 +1,7 @@
 """`strata run -j 2` beside `dvc repro`, from nothing: `python benchmarks/side_by_side.py`.
 
 Two clones of this commit run one after the other: the default, of which two stages stand on the first; and six short
-stages on the base, with 20 questions of each skill and one thread a stage (`threads: 1`), so that each of two has a core.
+stages on the base, with 20 questions of each skill and one thread a stage (`threads: 1`): two of them have a core each.
 What dvc.lock holds must be equal. Compare ratios: the seconds are this machine's. Let nothing else run.
 """
 
