@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from analysis import measure, probe
+from analysis import measure, probe, rounding
 from analysis.telling import words
 from analysis.telling.facts import Facts, gather
 from stages import base, data, evaluate, merge, pick, score, train
@@ -139,6 +139,7 @@ def merge_and_gather(settings: dict[str, Any]) -> Facts:
     evaluate.main()
     probe.main("merged")
     measure.main()
+    rounding.main()
     return gather(load_params())
 
 

@@ -122,7 +122,7 @@ def test_stages(project, monkeypatch, everywhere):
         for name in ("base", "words"):
             score.main(name)
             probe.main(name)
-        curves = [read_json(Path(f"reports/train/{name}.curve.json")) for name in ("sums", "words")]
+        curves = [read_json(Path(f"reports/train/{name}.curve.json"), list) for name in ("sums", "words")]
         answers = pd.read_parquet("reports/answers/words.parquet")
         return curves, answers, read_json(Path("reports/probe/words.json")), Path("data/hard/train.jsonl").read_text()
 

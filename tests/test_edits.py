@@ -217,6 +217,7 @@ def check_what_is_left_of_a_run(pipeline):
     shutil.rmtree("data/words")  # as when the next run fails there
     steps = {step.stage: step.fate for step in plan()[0]}
     left = trained("third") - {"train@third"}
-    assert {stage for stage, fate in steps.items() if fate == RUNS} == left and steps["data@words"] == CACHED
+    sure, perhaps = ({stage for stage, fate in steps.items() if fate == kind} for kind in (RUNS, PERHAPS))
+    assert each("score", "probe", names=["third"]) < sure <= left <= sure | perhaps and steps["data@words"] == CACHED
     assert pipeline.repro() == left
     pipeline.go_back()

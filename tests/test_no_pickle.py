@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from analysis import measure, probe, report
+from analysis import measure, probe, report, rounding
 from stages import base, data, evaluate, merge, pick, score, train
 from stages.errors import MistakeError
 
@@ -41,6 +41,7 @@ def test_the_whole_pipeline(project, closed):
         probe.main(name)
     evaluate.main()
     measure.main()
+    rounding.main()
     report.main()
     outputs = [
         path for top in ("checkpoints", "data", "picked", "merged", "reports") for path in Path(top).rglob("*.*")

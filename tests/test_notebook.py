@@ -58,10 +58,10 @@ def test_it_runs_from_top_to_bottom(default):
     pictures = [sum("image/svg+xml" in out.get("data", {}) for out in cell.outputs) for cell in cells]
     assert pictures == [0, 0, 0, 0, 1, 1, 1, 0, 0, 5, 2, 0]
     assert "params.yaml stays as it is" in said[2]
-    assert said[3].startswith("Will run, 24 of 24")
-    assert "| 4 of 4" in said[4] and "24 of 24 stages done in" in said[4]
+    assert said[3].startswith("Will run, 25 of 25")
+    assert "| 4 of 4" in said[4] and "25 of 25 stages done in" in said[4]
     assert all(name in said[7] for name in ("base", "arithmetic", "siblings", "reversal", "merged"))
-    assert "+     layers: 24-29" in said[8] and "Will run, 10 of 24:" in said[8]
+    assert "+     layers: 24-29" in said[8] and "Will run, 11 of 25:" in said[8]
     assert "layers 18-29 → 24-29" in said[8]
     assert "train@reversal │ done in" in said[9] and "steps of reversal" in said[9]
     kinds = [out.output_type for out in cells[10].outputs]

@@ -33,7 +33,8 @@ COMMANDS = {
 def main() -> None:
     """Run the command that the first word names."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not in UTF-8, as stderr has it
+        # For a terminal that is not in UTF-8, as stderr has it; and whoever reads a log while it grows.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(overview())

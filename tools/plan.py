@@ -129,6 +129,7 @@ class _Plan:
     Attributes:
         known: of each output so far, what it will hash to, by path; None where only running tells.
         changed: outputs that will be others, and whether that is certain.
+        newer: inputs that are others than those a stage ran on, though nothing above it is left to run.
     """
 
     def __init__(self, repo: Any, settings: Params) -> None:
@@ -140,6 +141,7 @@ class _Plan:
         self.is_made = cache(lambda path: any(_overlap(out, path) for out in self.makers))
         self.known: dict[str, Any] = {}
         self.changed: dict[str, bool] = {}
+        self.newer: set[str] = set()
 
     def steps(self, order: list[Any]) -> Iterator[Step]:
         """From the first stage to the last."""
@@ -168,7 +170,7 @@ class _Plan:
             inside = [
                 self.changed.get(str(Path(self.repo.root_dir, CHECKPOINTS, stage))) for stage in merged | {"base"}
             ]
-            if all(each is None for each in inside):
+            if all(each is None for each in inside) and str(Path(self.repo.root_dir, CHECKPOINTS)) not in self.newer:
                 return
             is_certain = any(inside)
         self.changed[path] = is_certain
@@ -205,6 +207,7 @@ class _Plan:
         if not any(_overlap(path, dep.fs_path) for path in self.changed):
             now = self._hash(dep)
             if now and now != dep.hash_info:
+                self.newer.add(dep.fs_path)
                 yield Reason(f"{dep} is newer", True)
 
     def _look_up(self, stage: Any) -> dict[str, Any] | None:
