@@ -131,9 +131,13 @@ class Facts:
 
     @cached_property
     def moved_by_rounding(self) -> float:
-        """How far rounding moves what the running model says, as a share of how far the merge does; NaN if unknown."""
+        """How far rounding moves what the running model says, as a share of how far the merge does; NaN if unknown.
+
+        It is unknown where the base has other digits than the file, for then all of it is rounded and not its change.
+        """
         whole = self.rounding.get("training", 0.0)
-        return self.rounding["rounding"] / whole if whole else math.nan
+        is_known = whole and self.records["base"]["dtype"] == self.settings.merge.dtype
+        return self.rounding["rounding"] / whole if is_known else math.nan
 
     @cached_property
     def frozen(self) -> pd.DataFrame:

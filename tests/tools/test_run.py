@@ -67,7 +67,7 @@ def test_side_by_side_interrupted_and_killed_it_leaves_the_files_of_repro(pipeli
     assert files() == truth
     assert plan()[0] == [] and pipeline.repro() == set()
     ended = subprocess.run(RUN, capture_output=True, text=True, check=True)
-    assert ended.stdout == "All 22 stages are up to date.\n"
+    assert ended.stdout == "All 23 stages are up to date.\n"
 
 
 @pytest.mark.exhaustive
