@@ -31,6 +31,8 @@ from tools.plan import CACHED, Step, plan
 from tools.terminal import duration, positive
 
 MODELS = ("base", "select", "train", "score", "probe")  # verbs that run a model: on a GPU, where there is one
+# Threads that wait for each other by turning in circles would take the cores from the other stage.
+PATIENT = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 tqdm.monitor_interval = 0  # no thread where processes fork
 HEAVY = ("accelerate", "peft", "transformers.generation.utils", "transformers.modeling_utils")
 OWN = ("stages", "analysis", "tools", "mergekit")  # mergekit keeps a register of methods, ours among them
@@ -47,6 +49,9 @@ def main(jobs: int) -> None:
     Raises:
         MistakeError: params.yaml has a mistake, or a stage failed.
     """
+    if jobs > 1 and PATIENT["OMP_WAIT_POLICY"] != os.environ.get("OMP_WAIT_POLICY"):
+        os.environ |= PATIENT
+        os.execv(sys.executable, sys.orig_argv)  # torch is there already, and has read them
     steps, total = plan()
     start, failed = time.monotonic(), _Run(steps, jobs).everything()
     if failed:
@@ -74,8 +79,6 @@ class _Run:
     def __init__(self, steps: list[Step], jobs: int) -> None:
         self.steps = {step.stage: step for step in steps}
         self.jobs, self.needs, self.gpus = jobs, _needs(set(self.steps)), gpus()
-        if jobs > 1:  # threads that wait for each other by turning in circles would take the cores from the other stage
-            os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
         self.free = list(self.gpus)
         self.done: set[str] = set()
         self.failed: list[str] = []
