@@ -71,14 +71,17 @@ def write(merged: Merged, folder: Path, metadata: dict[str, str], processes: int
 def save_adapter(merged: Merged, adapter: AdapterOutput, folder: Path, metadata: dict[str, str]) -> None:
     """Write the adapter and the error of each of its modules; refuse one that misses the tolerance."""
     folder.mkdir()
-    base = read_record(BASE)
-    # With room for methods it is another model than the hub's.
-    is_hubs = base["revision"] and not any(base.get("room", {}).values())
-    name, revision = (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
-    errors = adapter.save(folder, name, revision, any(map(merged.is_transposed, merged.changed())), metadata)
+    errors = adapter.save(folder, *base_name(), any(map(merged.is_transposed, merged.changed())), metadata)
     write_json(folder / "errors.json", errors)
     check_errors(errors, merged.merge.adapter.tolerance)
     refuse_unopened(folder)
+
+
+def base_name() -> tuple[str, str | None]:
+    """Hub id and revision of the base, or its folder here; with room for methods it is another model than the hub's."""
+    base = read_record(BASE)
+    is_hubs = base["revision"] and not any(base.get("room", {}).values())
+    return (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
 
 
 def refuse_unopened(folder: Path) -> None:

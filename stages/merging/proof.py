@@ -61,21 +61,22 @@ class Proof:
                 if not all(torch.equal(_bits(before.to(after.dtype)), _bits(after)) for before, after in pairs):
                     raise MistakeError(f"the merged file has other numbers in {piece} than the base; {AGAIN}")
 
-    def changed(self, path: str, weights: Tensors) -> None:
+    def changed(self, path: str, weights: Tensors, stored: Tensors) -> None:
         """Module `path` is the merge, rounded once; it is the base's only where rounding takes all of the change.
 
         Args:
             path: of a module that a stage adapts, or unties.
             weights: its merged parameters, float32.
+            stored: the same as they were rounded, once, for the file.
 
         Raises:
             MistakeError: it is not.
         """
         moved = False
-        for parameter, values in weights.items():
+        for parameter, values in stored.items():
             name = f"{path}.{parameter}"
             found = assemble(self._merged.pieces(name), self._file.read)
-            if not torch.equal(_bits(found), _bits(self._merged.rounded(name, values))):
+            if found.dtype != values.dtype or not torch.equal(_bits(found), _bits(values)):
                 raise MistakeError(f"the merged file has other numbers in {name} than the merge; {AGAIN}")
             moved = moved or not torch.equal(found, self._base.stored(name).to(found.dtype))
         if not moved:

@@ -48,17 +48,17 @@ class Writer:
                     self._copy(name)
                 self._proof.untouched(path)
             return self._part(path, self._base.module(path)) if path in self._replaced else None
-        weights = self._merged.module(path)
+        weights, stored = self._merged.module(path), {}
         for parameter, values in weights.items():
             name = f"{path}.{parameter}"
             if "model" in self._files:
-                rounded = self._merged.rounded(name, values)
+                stored[parameter] = self._merged.rounded(name, values)
                 for piece, index in self._merged.pieces(name):
-                    self._files["model"].put(piece, part(rounded, index))
+                    self._files["model"].put(piece, part(stored[parameter], index))
             if "delta" in self._files:
                 self._files["delta"].put(name, values - self._base.stored(name).float())
         if self._proof:
-            self._proof.changed(path, weights)
+            self._proof.changed(path, weights, stored)
         return self._part(path, weights) if self._adapter else None
 
     def _copy(self, name: str) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from analysis.telling.text import percent
 from stages.errors import MistakeError
 from stages.files import publish
-from stages.merge import provenance
+from stages.merge import base_name, provenance
 from stages.merging.adapter_output import OVERSAMPLING, AdapterOutput, Fit, fit_lora
 from stages.merging.merged import Merged
 from stages.project.params import PARAMS, Params, load_params
@@ -27,7 +27,7 @@ from stages.settings.base import Base
 from stages.settings.merge import AdapterSettings, Merge
 from stages.weights.adapter import Factors
 from stages.weights.places import misplaced
-from tools.exporting.merge import EXPORT, base_name, in_float32
+from tools.exporting.merge import EXPORT, in_float32
 from tools.exporting.origin import origin
 
 FOLDER = EXPORT / "lora"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import MistakeError
-from stages.files import BASE, MERGED, read_json, read_record
+from stages.files import BASE, MERGED, read_json
 from stages.merge import provenance
 from stages.merging.merged import Merged
 from stages.project.params import PARAMS, Params
@@ -37,13 +37,6 @@ def in_float32(merge: Merge) -> Merged:
     """A merge that is not rounded, whatever dtype params.yaml asks for; nothing is written."""
     exact = merge.model_copy(update={"dtype": "float32", "rounding": "nearest", "outputs": ["model"]})
     return Merged(*open_stages(sorted(merge.weights)), exact)
-
-
-def base_name() -> tuple[str, str | None]:
-    """Hub id and revision of the base, or its folder here; with room for methods it is another model than the hub's."""
-    base = read_record(BASE)
-    is_hubs = base["revision"] and not any(base.get("room", {}).values())
-    return (base["model"], base["revision"]) if is_hubs else (str(BASE), None)
 
 
 def copy_companions(folder: Path) -> None:
