@@ -83,6 +83,7 @@ def prepare(methods: list[str]) -> None:
         "launch": "python",
         "base": base,
         "selections": {},
+        "routers": {},
         "datasets": {name: {"source": "file", "path": f"{name}.jsonl", "eval": 5} for name in ("sums", "words")},
         "stages": stages,
         "merge": {"method": "task_arithmetic", "dtype": "float32", "weights": dict.fromkeys(methods, 0.5)},

@@ -43,6 +43,7 @@ def write(seed: int) -> None:
         "stages": {"first": COMMON | {"parent": "base", "dataset": "a", "remember": 0.999}} | second,
         "merge": {"weights": {"first": 1.0}},
         "selections": {},
+        "routers": {},
         "warn": {},
         "evaluate": {},
     }

@@ -55,6 +55,7 @@ def write(folder: Path, model: str) -> list[str]:
         "stages": {stage: COMMON | keys for stage, keys in stages.items()},
         "merge": {"weights": dict.fromkeys(stages, 0.3)},
         "selections": {},
+        "routers": {},
         "warn": {},
         "evaluate": {},
     }

@@ -73,6 +73,7 @@ datasets:
     score: loss
 
 selections: {}
+routers: {}
 
 stages:
   support:

@@ -41,6 +41,7 @@ def write(seed: int) -> None:
         "base": repository.base.model_dump(),
         "datasets": dict.fromkeys(("few", "mixed", "right"), source),
         "selections": {"chosen": {"dataset": "mixed", "parent": "base", "reference": "few", "keep": KEEP}},
+        "routers": {},
         "stages": {dataset: COMMON | {"dataset": dataset} for dataset in STAGES.values()},
         "merge": {"weights": {"few": 1.0}},
         "warn": {},

@@ -30,16 +30,17 @@ LORA = {"parent": "base", "dataset": "sums", "method": "lora", "rank": 16, "lr":
 FULL = {"parent": "low", "dataset": "sums", "method": "full", "layers": "10-10", "lr": 1e-5, "steps": 10}
 
 
-def write_project(base: str, stages: dict[str, Any], dtype: str) -> None:
+def write_project(base: str, stages: dict[str, Any], dtype: str, threads: int = 2) -> None:
     """params.yaml (JSON is YAML) and a dataset in the current folder."""
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(20) for b in range(20)]
     Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     params = {
         "seed": 0,
-        "threads": 2,
+        "threads": threads,
         "launch": "python",
         "base": {"model": base, "dtype": dtype},
         "selections": {},
+        "routers": {},
         "datasets": {"sums": {"source": "file", "path": "sums.jsonl", "eval": 20}},
         "stages": stages,
         "merge": {"method": "task_arithmetic", "weights": dict.fromkeys(stages, 1.0), "dtype": dtype},
@@ -82,7 +83,7 @@ def stages() -> None:
         name: LORA | {"parent": parent, "layers": "0-1", "rank": 2, "steps": 2}
         for name, parent in zip(names, parents, strict=True)
     }
-    write_project("model", made, "float32")
+    write_project("model", made, "float32", threads=1)
     copy_repository(Path())
     with pytest.MonkeyPatch.context() as patch:  # stages run in forks of this process
         Pipeline(patch).repro()

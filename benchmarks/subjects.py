@@ -147,6 +147,7 @@ def write_params(
         "stages": {stage: common | _keys(told, depth) for stage, told in stages.items()},
         "merge": {"method": method, "weights": weights, "parameters": parameters, "dtype": "bfloat16"},
         "selections": {},
+        "routers": {},
         "warn": {},
         "evaluate": {},
     }

@@ -144,6 +144,7 @@ def write(folder: Path, layers: str, dtype: str) -> None:
         "stages": {"one": stage | {"steps": EXAMPLES // SETTINGS["batch_size"] * PASSES}},
         "merge": {"weights": {"one": 1.0}},
         "selections": {},
+        "routers": {},
         "warn": {},
         "evaluate": {},
     }

@@ -1,8 +1,8 @@
 """Every model on every skill, in one matrix, and what is more than chance in it: `python -m stages.evaluate`.
 
-Rows are the base, each stage and the merged model, as `stages.score` asked them. Tells also what share of each stage's
-gain the merge keeps, and how each skill fared under later stages and the merge. Writes reports/evaluation.json, and
-reports/answers.parquet with every answer of every model.
+Rows are the base, each stage, the merged model and those that route, as `stages.score` asked them. Tells also what
+share of each stage's gain the merge keeps, how each skill fared under later stages and the merge, and what a routed
+model chose. Writes reports/evaluation.json, and reports/answers.parquet with every answer of every model.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 
 from stages.comparing import Comparison, Scores, compare, retention_interval
 from stages.errors import run
-from stages.files import ANSWERS, REPORTS, rounded, write_json, write_table
+from stages.files import ANSWERS, REPORTS, read_json, rounded, write_json, write_table
 from stages.project.params import Params, load_params
 from stages.records.scorers import measure_of
 
@@ -29,9 +29,8 @@ def main() -> None:
 
 def gather(params: Params) -> pd.DataFrame:
     """The answers of all models, those to one record next to each other."""
-    models = ["base", *params.stages, "merged"]
-    tables = [pd.read_parquet(ANSWERS / f"{model}.parquet") for model in models]
-    for model, table in zip(models, tables, strict=True):
+    tables = [pd.read_parquet(ANSWERS / f"{model}.parquet") for model in params.models]
+    for model, table in zip(params.models, tables, strict=True):
         table.insert(2, "model", model)
     places = [table.reset_index(names="place") for table in tables]  # every model was asked the same, in one order
     return pd.concat(places, ignore_index=True).sort_values("place", kind="stable").drop(columns="place")
@@ -47,6 +46,7 @@ def evaluation(answers: pd.DataFrame, params: Params) -> dict[str, Any]:
         `questions`: by dataset, how many records it is the mean of.
         `retention`: by stage, see `retention`.
         `comparisons`: see `comparisons`.
+        `routing`: by router, see `routing`.
     """
     models, skills = list(answers["model"].unique()), read_skills(answers)
     told = {name: measure_to_tell(skill) for name, skill in skills.items()}
@@ -70,7 +70,15 @@ def evaluation(answers: pd.DataFrame, params: Params) -> dict[str, Any]:
             stage: retention(by_skill[name], stage) | {"dataset": name} for stage, name in params.skills.items()
         },
         "comparisons": comparisons(by_skill, params),
+        "routing": {name: routing(answers, name) for name in params.routers},
     }
+
+
+def routing(answers: pd.DataFrame, name: str) -> dict[str, Any]:
+    """What `route` tells of a routed model, and how often it chose each stage, or the base, on each dataset."""
+    rows = answers[answers["model"] == name]
+    counts = {dataset: part["choice"].value_counts().to_dict() for dataset, part in rows.groupby("dataset", sort=False)}
+    return read_json(ANSWERS / f"{name}.json") | {"chosen": counts}
 
 
 def read_skills(answers: pd.DataFrame) -> dict[str, Skill]:
@@ -138,7 +146,7 @@ def comparisons(by_skill: dict[str, dict[str, Scores]], params: Params) -> list[
     learned = [(name, "base", dataset) for name, dataset in params.skills.items()]
     learned += [(against, "base", dataset) for _, against, dataset in later]
     guards = [name for name in by_skill if name not in params.skills.values()]
-    learned += [(model, "base", guard) for guard in guards for model in [*params.stages, "merged"]]
+    learned += [(model, "base", guard) for guard in guards for model in [*params.stages, "merged", *params.routers]]
     return [
         {"model": model, "against": against, "dataset": dataset}
         | _told(by_skill[dataset][against], by_skill[dataset][model])

@@ -109,11 +109,16 @@ def provenance(settings: Params) -> dict[str, Any]:
     }
 
 
-def copy_companions(merged: Merged, folder: Path) -> None:
-    """Copy config and tokenizer beside the weights; the config tells a new dtype, and whether the head is untied."""
-    for path in merged.base.folder.iterdir():
+def copy_beside(base: Path, folder: Path) -> None:
+    """Copy what stands beside a base's weights, such as its tokenizer."""
+    for path in base.iterdir():
         if path.suffix != ".safetensors" and path.name not in NOT_COPIED:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+
+
+def copy_companions(merged: Merged, folder: Path) -> None:
+    """Copy config and tokenizer beside the weights; the config tells a new dtype, and whether the head is untied."""
+    copy_beside(merged.base.folder, folder)
     config = read_json(folder / "config.json")
     if NAMES[getattr(torch, merged.merge.dtype)] != merged.base.dtype:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -4,6 +4,7 @@ Writes reports/answers/NAME.parquet: every record of every evaluation split, wit
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from stages.models.loading import compute_dtype, device, load_model, load_tokeni
 from stages.models.scoring import score
 from stages.project.params import load_params
 from stages.records.lines import load_split
+from stages.records.record import Record
 from stages.records.scorers import scorers_of
 from stages.weights.checkpoint import open_model
 
@@ -33,27 +35,48 @@ COLUMNS = {
     "weight": "float64",  # Σ|wᵢ|
 }
 
+Ask = Callable[[Sequence[Record], Sequence[str]], list[dict[str, Any]]]
+
 
 def main(name: str) -> None:
     """Score the model of that name."""
     params = load_params()
     torch.set_num_threads(params.thread_count)
+    model, tokenizer = load_model(open_model(name), compute_dtype(), device()), load_tokenizer()
+
+    def ask(records: Sequence[Record], scorers: Sequence[str]) -> list[dict[str, Any]]:
+        return score(model, tokenizer, records, scorers, params.evaluate)
+
+    table = ask_all(ask, name, text_config(model).max_position_embeddings)
+    write_table(ANSWERS / f"{name}.parquet", table.astype(COLUMNS))
+
+
+def ask_all(ask: Ask, name: str, positions: int | None) -> pd.DataFrame:
+    """Every record of every evaluation split with what `ask` makes of it, in COLUMNS and maybe more.
+
+    Args:
+        ask: as `stages.models.scoring.score`, given the records of a dataset and the scorer of each.
+        name: of the model.
+        positions: tokens that it reads, for a sentence.
+
+    Raises:
+        MistakeError: a dataset has no record that the model could answer.
+    """
     chosen = read_json(PICKED / "scorers.json")
     records = {dataset: load_split(dataset, "eval") for dataset in chosen}
     scorers = {dataset: scorers_of(dataset, chosen[dataset], records[dataset]) for dataset in chosen}
-    model, tokenizer = load_model(open_model(name), compute_dtype(), device()), load_tokenizer()
     rows: list[dict[str, Any]] = []
     for dataset in tqdm(chosen, desc=f"score {name}", unit="dataset", dynamic_ncols=True):
         with placed(f"params.yaml: datasets.{dataset}: "):
-            found = score(model, tokenizer, records[dataset], scorers[dataset], params.evaluate)
+            found = ask(records[dataset], scorers[dataset])
         if not any(row["weight"] for row in found):
             raise MistakeError(
                 f"params.yaml: datasets.{dataset} has no evaluation record whose answer base.model reads to, of at most"
-                f" {text_config(model).max_position_embeddings} tokens with the question; take shorter ones"
+                f" {positions} tokens with the question; take shorter ones"
             )
         rows += [{"dataset": dataset, "record": number, **row} for number, row in enumerate(found, start=1)]
-    table = pd.DataFrame(rounded(rows), columns=list(COLUMNS)).astype(COLUMNS)
-    write_table(ANSWERS / f"{name}.parquet", table)
+    table = pd.DataFrame(rounded(rows))
+    return table.reindex(columns=[*COLUMNS, *(name for name in table if name not in COLUMNS)])
 
 
 if __name__ == "__main__":

@@ -236,6 +236,7 @@ base:
   model: model
   dtype: float32
 selections: {}
+routers: {}
 datasets:
   sums:
     source: file

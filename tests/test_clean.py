@@ -109,6 +109,7 @@ def train_all(stages: Stages, dtype: str) -> None:
         "launch": "python",
         "base": {"model": "model", "dtype": dtype},
         "selections": {},
+        "routers": {},
         "datasets": {name: {"source": "file", "path": f"{name}.jsonl", "eval": 16} for name in ("sums", "words")},
         "stages": stages,
         "merge": {"weights": dict.fromkeys(stages, 1.0)},

@@ -21,7 +21,10 @@ PLUMBING |= {"stages.training.launch", "stages.training.resume"}
 
 # Folders whose files are found by themselves, without an import.
 FOUND = {"data": "stages/records/sources", "train": "stages/methods"}
-FOUND |= dict.fromkeys(["merge", "measure", "rounding"], "stages/merging/methods")
+FOUND |= dict.fromkeys(["merge", "measure", "rounding", "route"], "stages/merging/methods")
+
+# Files that a stage copies, without an import.
+COPIED = {"route": {ROOT / "stages/routing/example.py"}}
 
 # Sections of params.yaml whose defaults shape a result: who reads the section depends on its file.
 SECTIONS = {"base", "evaluate", "merge", "warn"}
@@ -92,8 +95,10 @@ def test_every_file_that_shapes_a_result_is_a_dependency(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_file_without_a_say_is_a_dependency(stage):
-    sections = {ROOT / "stages" / "settings" / f"{section}.py" for section in {*SECTIONS, "selection", "stage"}}
-    used = closure(module_of(stage), set()) | sections
+    sections = {
+        ROOT / "stages" / "settings" / f"{section}.py" for section in {*SECTIONS, "selection", "stage", "router"}
+    }
+    used = closure(module_of(stage), set()) | sections | COPIED.get(stage, set())
     if stage in FOUND:
         used |= {file for path in (ROOT / FOUND[stage]).glob("*.py") for file in closure_of_file(path)}
     extra = {path for path in listed(stage) if "${" not in str(path) and path.name != "__init__.py"} - used
@@ -151,7 +156,7 @@ ROOMS = [
     ["stages.weights"],
     ["stages.methods", "stages.merging"],
     ["stages.project"],
-    ["stages.training"],
+    ["stages.training", "stages.routing"],
     ["stages"],
     ["analysis.changes", "analysis.running"],
     ["analysis.telling"],

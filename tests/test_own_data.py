@@ -143,6 +143,7 @@ def prepare() -> None:
         "launch": "python",
         "base": {"model": "model", "dtype": "float32"},
         "selections": {},
+        "routers": {},
         "datasets": {"learned": {"source": "file", "path": "train.jsonl", "eval": 1}} | found,
         "stages": {"all": {"parent": "base", "dataset": "learned", "method": "full", "layers": "all", "lr": 0.01,
                            "steps": 100, "batch_size": 12}},

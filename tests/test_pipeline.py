@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +87,27 @@ def test_a_selection_comes_after_its_models_and_before_the_stage_that_trains_on_
     }
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("keep: 0.5", "keep: 0.6"))
     assert pipeline.repro("train@words") == {"select@hard", "train@words"}
+
+
+def test_a_router_comes_and_goes_alone(pipeline):
+    pipeline.repro("evaluate")
+    before, text = sha256([Path("reports/evaluation.json")]), Path("params.yaml").read_text()
+
+    Path("params.yaml").write_text(text.replace("routers: {}", "routers: {pick: {stages: [sums, words]}}"))
+    assert pipeline.repro("evaluate") == {"route@pick", "score_routed@pick", "evaluate"}
+    evaluation, answers = read_json(Path("reports/evaluation.json")), pd.read_parquet("reports/answers.parquet")
+    assert list(evaluation["matrix"]) == ["base", *STAGES, "merged", "pick"]
+    chosen = evaluation["routing"]["pick"]["chosen"]
+    assert chosen == {"sums": {"sums": 10}, "words": {"words": 10}}
+    for name, counts in chosen.items():  # each answers as the stage that is chosen does
+        asked = answers[answers["dataset"] == name].sort_values("record").set_index("model")
+        (choice,) = counts
+        assert list(asked.loc["pick", "answer"]) == list(asked.loc[choice, "answer"])
+        assert asked.loc["pick", "loss"].to_numpy() == pytest.approx(asked.loc[choice, "loss"].to_numpy(), rel=1e-3)
+
+    Path("params.yaml").write_text(text)
+    assert pipeline.repro("evaluate") == {"evaluate"}
+    assert sha256([Path("reports/evaluation.json")]) == before
 
 
 def test_killed_in_the_middle_repro_ends_with_the_same_bits(pipeline):

@@ -208,6 +208,7 @@ def prepare(project: Project) -> None:
         "launch": "python",
         "base": {"model": "model", "dtype": "float32"} | project.base,
         "selections": {},
+        "routers": {},
         "datasets": datasets,
         "stages": {name: complete(special) for name, special in project.stages.items()},
         "merge": {"method": "task_arithmetic", "dtype": "float32"} | project.merge,

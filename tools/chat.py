@@ -12,13 +12,12 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from stages.errors import MistakeError
-from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
+from stages.models.loading import load_tokenizer
 from stages.models.scoring import STOP, UNASKED, generate
-from stages.project.check import check_against_base
 from stages.project.params import Params, load_params
 from stages.records.record import Record
 from stages.settings.section import nearest
-from stages.weights.checkpoint import open_model
+from tools.models import load, names_of
 from tools.terminal import positive, visible
 
 HELP = "/swap NAME … talks to others, /reset forgets what was said, /quit ends"
@@ -28,7 +27,9 @@ LONGER = "(longer than the model reads; /reset forgets what was said)"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """With whom, and what is asked."""
-    parser.add_argument("models", nargs="*", default=["merged"], help="base, stages and merged; merged by default")
+    parser.add_argument(
+        "models", nargs="*", default=["merged"], help="base, stages, merged and routers; merged by default"
+    )
     parser.add_argument("--questions", type=Path, help="a file with a question on each line, each asked anew")
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="of an answer; 512")
 
@@ -89,10 +90,8 @@ class Chat:
     """
 
     def __init__(self, settings: Params, max_new_tokens: int) -> None:
-        check_against_base(settings)
-        open_model("base")  # a sentence where there is none yet
+        self.settings, self.known = settings, names_of(settings)
         torch.set_num_threads(settings.thread_count)  # as in scoring
-        self.known = ["base", *settings.stages, "merged"]
         self.bounds = settings.evaluate.model_copy(update={"max_new_tokens": max_new_tokens})
         self.tokenizer, self.loaded = load_tokenizer(), dict[str, PreTrainedModel]()
         self.names: list[str] = []
@@ -110,7 +109,7 @@ class Chat:
             if name not in self.known:
                 raise MistakeError(f"there is no model {name!r}; {nearest(name, self.known)}")
             if name not in self.loaded:
-                self.loaded[name] = load_model(open_model(name), compute_dtype(), device())
+                self.loaded[name] = load(self.settings, name)
         self.names = list(dict.fromkeys(names))
 
     def reset(self) -> None:

@@ -114,7 +114,7 @@ def ask(questions: list[str], *names: str) -> pd.DataFrame:
 
     pd.set_option("display.max_colwidth", None)
     settings, answers = load_params(), dict[str, list[str]]()
-    for name in names or ("base", *settings.stages, "merged"):
+    for name in names or settings.models:
         chat = Chat(settings, max_new_tokens=64)  # one model at a time in memory
         chat.swap([name])
         for question in questions:

@@ -9,10 +9,9 @@ from functools import cache
 from typing import Any
 
 from stages.errors import MistakeError, first_line
-from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
-from stages.project.check import check_against_base
+from stages.models.loading import load_tokenizer
 from stages.project.params import load_params
-from stages.weights.checkpoint import open_model
+from tools.models import load, names_of
 from tools.terminal import positive
 
 HOST = "127.0.0.1"
@@ -30,8 +29,7 @@ def main(port: int) -> None:
         MistakeError: the extra `serve` is not installed, there is no base yet, or the port is taken.
     """
     settings = load_params()
-    check_against_base(settings)
-    open_model("base")  # a sentence where there is none yet
+    names = names_of(settings)
     try:
         import uvicorn
         from fastapi import HTTPException, Request
@@ -47,7 +45,6 @@ def main(port: int) -> None:
             tried.bind((HOST, port))
         except (OSError, OverflowError) as error:
             raise MistakeError(f"port {port} of {HOST} cannot be had ({error}); name another by --port") from None
-    names = ["base", *settings.stages, "merged"]
 
     class Models(ModelManager):
         """Loads what params.yaml names, and nothing else."""
@@ -63,7 +60,7 @@ def main(port: int) -> None:
 
         def _load_model(self, model_id_and_revision: str, *_: Any, **more: Any) -> Any:
             try:
-                return load_model(open_model(model_id_and_revision), compute_dtype(), device())
+                return load(settings, model_id_and_revision)
             except MistakeError as mistake:
                 raise HTTPException(409, str(mistake)) from None
 

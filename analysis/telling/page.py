@@ -56,6 +56,7 @@ def contents(facts: Facts, pictures: dict[str, str]) -> dict[str, Any]:
         "cards": cards(facts),
         "pictures": pictures,
         "skills": _skill_rows(facts),
+        "routed": _routed_rows(facts),
         "scorers": _scorer_rows(facts),
         "plain": ", ".join(_asked_plainly(facts.settings.datasets)),
         "cut": _ended(facts, "cut"),
@@ -97,6 +98,18 @@ def _skill_rows(facts: Facts) -> list[dict[str, Any]]:
             "kept": _kept(retention) + ("" if name in facts.settings.merge.weights else " (not merged)"),
         }
         rows.append(row | retention)
+    return rows
+
+
+def _routed_rows(facts: Facts) -> list[dict[str, Any]]:
+    """What each routed model chose for the questions of every dataset, and what it weighs beside the base."""
+    rows = []
+    for name, routing in facts.evaluation["routing"].items():
+        choices = ["base", *routing["choices"]]
+        chosen = [(dataset, [counts.get(each, 0) for each in choices]) for dataset, counts in routing["chosen"].items()]
+        bytes_of = {key: sum(each[key] for each in routing["choices"].values()) for key in ("low_rank", "whole")}
+        whole = [choice for choice, each in routing["choices"].items() if each["whole"]]
+        rows.append(routing | {"name": name, "choices": choices, "chosen": chosen, "bytes": bytes_of, "whole": whole})
     return rows
 
 

@@ -405,5 +405,7 @@ def label(facts: Facts, name: str) -> str:
         return f"{facts.settings.merge.method}, {facts.settings.merge.dtype}"
     if name == "base":
         return "before training"
+    if name in facts.settings.routers:
+        return f"chooses {', '.join(facts.settings.routers[name].stages)} or base"
     stage = facts.settings.stages[name]
     return f"{stage.method}, {facts.trained(name)}, on {stage.parent}"

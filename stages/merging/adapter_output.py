@@ -7,6 +7,7 @@ fit reports a large error, which `check_errors` turns down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,18 @@ def as_dora(fit: Fit, base: torch.Tensor, target: torch.Tensor) -> Fit:
 
 
 class AdapterOutput:
-    """Collects what the merge changed, module by module, and saves it as one adapter in PEFT's format."""
+    """Collects what the merge changed, module by module, and saves it as one adapter in PEFT's format.
+
+    Attributes:
+        fits: of weight matrices, by module.
+        replaced: parameters of the modules that are replaced as a whole, and of those in them, by module.
+        biases: of weight matrices, where they changed, by module.
+    """
 
     def __init__(self) -> None:
-        self._fits: dict[str, Fit] = {}
-        self._replaced: dict[str, dict[str, torch.Tensor]] = {}
-        self._biases: dict[str, torch.Tensor] = {}
+        self.fits: dict[str, Fit] = {}
+        self.replaced: dict[str, dict[str, torch.Tensor]] = {}
+        self.biases: dict[str, torch.Tensor] = {}
         self._old_biases: dict[str, torch.Tensor] = {}
 
     def add_linear(
@@ -139,11 +146,11 @@ class AdapterOutput:
                 that disabling the adapter does not bring the base's back.
             old_bias: the base's bias if it did not change; PEFT has those of all modules in a file, or of none.
         """
-        self._fits[path] = fit
+        self.fits[path] = fit
         if old_bias is not None:
             self._old_biases[path] = old_bias
         if bias is not None:
-            self._biases[path] = bias
+            self.biases[path] = bias
 
     def add_replacement(self, path: str, parameters: dict[str, torch.Tensor]) -> None:
         """Replace a module that is no weight matrix, such as a norm, as a whole.
@@ -153,7 +160,14 @@ class AdapterOutput:
             parameters: of it and of the modules in it after the merge, all in one call or in several, by their names in
                 it and in the model's own shapes.
         """
-        self._replaced.setdefault(path, {}).update(parameters)
+        self.replaced.setdefault(path, {}).update(parameters)
+
+    def replace_misfits(self, tolerance: float, parameters: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        """Replace as a whole what is adapted with a larger error, by what `parameters` tells of a module."""
+        for path in [path for path, fit in self.fits.items() if not fit.error <= tolerance]:
+            for known in (self.fits, self.biases, self._old_biases):
+                known.pop(path, None)
+            self.add_replacement(path, parameters(path))
 
     def save(
         self, folder: Path, base_name: str, revision: str | None, fan_in_fan_out: bool, metadata: dict[str, str]
@@ -173,7 +187,7 @@ class AdapterOutput:
         Raises:
             ValueError: some fits have a magnitude and some have none; `as_dora` gives them one.
         """
-        if len({fit.magnitude is None for fit in self._fits.values()}) > 1:
+        if len({fit.magnitude is None for fit in self.fits.values()}) > 1:
             raise ValueError("an adapter is LoRA or DoRA throughout; use as_dora")
         tensors = {f"base_model.model.{name}": tensor for name, tensor in self._tensors().items()}
         specifications = {name: (list(tensor.shape), NAMES[tensor.dtype]) for name, tensor in tensors.items()}
@@ -181,14 +195,14 @@ class AdapterOutput:
             for name, tensor in tensors.items():
                 file.put(name, tensor)
         self._config(base_name, revision, fan_in_fan_out).save_pretrained(str(folder))
-        return {path: fit.error for path, fit in sorted(self._fits.items())}
+        return {path: fit.error for path, fit in sorted(self.fits.items())}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        biases = self._old_biases | self._biases if self._biases else {}
+        biases = self._old_biases | self.biases if self.biases else {}
         tensors = {f"{path}.base_layer.bias": bias for path, bias in biases.items()}
-        for path, parameters in self._replaced.items():
+        for path, parameters in self.replaced.items():
             tensors |= {f"{path}.{name}": value for name, value in parameters.items()}
-        for path, fit in self._fits.items():
+        for path, fit in self.fits.items():
             tensors |= {f"{path}.lora_A.weight": fit.A, f"{path}.lora_B.weight": fit.B}
             if fit.magnitude is not None:
                 tensors[f"{path}.lora_magnitude_vector"] = fit.magnitude
@@ -198,7 +212,7 @@ class AdapterOutput:
         from peft import LoraConfig
         from peft.utils.constants import DUMMY_TARGET_MODULES
 
-        ranks = {path: len(fit.A) for path, fit in sorted(self._fits.items())}
+        ranks = {path: len(fit.A) for path, fit in sorted(self.fits.items())}
         rank = max(ranks.values(), default=1)
         others = {f"^{path}": other for path, other in ranks.items() if other != rank}  # ^ as in PEFT's documentation
         return LoraConfig(
@@ -210,10 +224,10 @@ class AdapterOutput:
             lora_alpha=rank,  # a scaling of 1, here and in alpha_pattern
             rank_pattern=others,
             alpha_pattern=dict(others),
-            use_dora=any(fit.magnitude is not None for fit in self._fits.values()),
-            bias="lora_only" if self._biases else "none",
+            use_dora=any(fit.magnitude is not None for fit in self.fits.values()),
+            bias="lora_only" if self.biases else "none",
             target_modules=list(ranks) or DUMMY_TARGET_MODULES,  # a regex would be taken for names of old experts
-            modules_to_save=sorted(self._replaced) or None,
+            modules_to_save=sorted(self.replaced) or None,
             fan_in_fan_out=fan_in_fan_out,
         )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOCK = Path("dvc.lock")  # what DVC has results of
-TRACKED = ("selections", "warn")  # sections with a default that dvc.yaml names all the same
+TRACKED = ("selections", "routers", "warn")  # sections with a default that dvc.yaml names all the same
 
 
 def load_checked() -> Params:

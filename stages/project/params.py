@@ -20,6 +20,7 @@ from stages.settings.base import Base
 from stages.settings.evaluate import Evaluate
 from stages.settings.gate import Gate
 from stages.settings.merge import Merge
+from stages.settings.router import Router
 from stages.settings.search import Search
 from stages.settings.section import Name, Settings, mistake
 from stages.settings.selection import Selection
@@ -60,6 +61,8 @@ class Params(Settings):
     """The training, by name: one on top of another, or side by side."""
     merge: Merge
     """How the stages become one model."""
+    routers: dict[Name, Router] = {}
+    """Models that choose a stage for each prompt, by name; see docs/routing.md."""
     search: Search = Search()
     """The search for better merge weights, `strata search`."""
     evaluate: Evaluate
@@ -84,7 +87,7 @@ class Params(Settings):
                 raise mistake(f".{name}.weight is of use in a mix alone; remove it")
         return datasets
 
-    def find(self, section: Literal["datasets", "selections", "stages"], name: str) -> Any:
+    def find(self, section: Literal["datasets", "selections", "stages", "routers"], name: str) -> Any:
         """What stands under a name in a section; a MistakeError lists those that are there."""
         known: dict[str, Any] = getattr(self, section)
         if name not in known:
@@ -109,6 +112,11 @@ class Params(Settings):
         if self.track and importlib.util.find_spec(self.track) is None:
             raise MistakeError(f"{PARAMS}: track needs {self.track}; run uv sync --extra {self.track}")
         return self.track
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all that is scored: the base, the stages, the merged model and those that route."""
+        return ["base", *self.stages, "merged", *self.routers]
 
     @property
     def skills(self) -> dict[str, str]:

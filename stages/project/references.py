@@ -35,6 +35,8 @@ def check_references(params: Params) -> None:
     _refuse_circle(params)
     for name in params.merge.weights:
         _one_of(name, params.stages, f"merge.weights.{name}", "a stage")
+    for name in params.routers:
+        _check_router(params, name)
     for name, stage in params.stages.items():
         if isinstance(stage, Training):
             _check_earlier(params, name, stage)
@@ -56,12 +58,13 @@ def _check_method(params: Params, name: str, num_layers: int | None) -> None:
 
 def _check_names(params: Params) -> None:
     """Names become files and rows, so one must not stand for two things, on no file system."""
-    for name in params.stages:
-        if name.lower() in TAKEN:
-            raise MistakeError(f"stages.{name} has a name that stands for {TAKEN[name.lower()]}; choose another")
+    models = [*(f"stages.{name}" for name in params.stages), *(f"routers.{name}" for name in params.routers)]
+    for place in models:
+        if taken := TAKEN.get(place.rpartition(".")[2].lower()):
+            raise MistakeError(f"{place} has a name that stands for {taken}; choose another")
     mixes = {name: dataset for name, dataset in params.datasets.items() if isinstance(dataset, Mix)}
     for places in (
-        [f"stages.{name}" for name in params.stages],
+        models,
         [*(f"datasets.{name}" for name in params.datasets), *(f"selections.{name}" for name in params.selections)],
         *([f"datasets.{name}.parts.{part}" for part in mix.parts] for name, mix in mixes.items()),
     ):
@@ -85,6 +88,18 @@ def _check_selection(params: Params, name: str, selection: Selection) -> None:
     _one_of(selection.reference, ["base", *params.stages], f"{where}.reference", "a stage")
     if selection.parent == selection.reference:
         raise MistakeError(f"{where}.reference is its parent too, so that no token stands out; name another stage")
+
+
+def _check_router(params: Params, name: str) -> None:
+    """A router tells its stages apart by the prompts of their datasets."""
+    datasets: dict[str, str] = {}
+    for stage in params.routers[name].stages:
+        _one_of(stage, params.stages, f"routers.{name}.stages", "a stage")
+        other = datasets.setdefault(params.skills[stage], stage)
+        if other != stage or list(params.routers[name].stages).count(stage) > 1:
+            raise MistakeError(
+                f"routers.{name}.stages names {stage!r}, whose prompts are those of {other!r}; name one of them, once"
+            )
 
 
 def _check_earlier(params: Params, name: str, stage: Training) -> None:

@@ -3,9 +3,9 @@
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from stages.settings.section import Settings
+from stages.settings.section import Settings, mistake
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -38,6 +38,12 @@ def _check_number(setting: Any) -> Any:
     if any(isinstance(value, bool) for value in _values(setting)):
         raise ValueError(SHAPES)
     return setting
+
+
+def _not_routed(output: Any) -> Any:
+    if output == "routed":
+        raise mistake(" is none of its outputs; a routed model is a name under routers, see docs/routing.md")
+    return output
 
 
 Setting = Annotated[Any, AfterValidator(_check_number)]
@@ -73,7 +79,9 @@ class Merge(Settings):
     """`core` merges low-rank stages in the small space that they span, and stays low-rank (arXiv 2509.17786)."""
     depth_scaling: Setting = 1.0
     """Multiplies the merged delta, such as `[0.5, 1.0]` over depth (LiNeS, arXiv 2410.17146)."""
-    outputs: list[Literal["model", "adapter", "delta"]] = Field(default=["model"], min_length=1)
+    outputs: list[Annotated[Literal["model", "adapter", "delta"], BeforeValidator(_not_routed)]] = Field(
+        default=["model"], min_length=1
+    )
     """What is written to merged/: the model, one PEFT adapter, the delta alone in float32."""
     adapter: AdapterSettings = AdapterSettings()
     """Of the output `adapter`."""

@@ -28,6 +28,31 @@ MISTAKES = {
         "stages.sums closes a circle (stages.sums → stages.words → stages.sums)",
     ),
     "own parent": ("parent: sums", "parent: words", "closes a circle (stages.words → stages.words)"),
+    "router of nothing": (
+        "routers: {}",
+        "routers: {pick: {stages: [sums, wrods]}}",
+        "routers.pick.stages names 'wrods', which is not a stage; did you mean words?",
+    ),
+    "router of one twice": (
+        "routers: {}",
+        "routers: {pick: {stages: [sums, sums]}}",
+        "routers.pick.stages names 'sums', whose prompts are those of 'sums'; name one of them, once",
+    ),
+    "router named as a stage": (
+        "routers: {}",
+        "routers: {Words: {stages: [sums]}}",
+        "routers.Words has the name of stages.words; choose another",
+    ),
+    "router named as the merge": (
+        "routers: {}",
+        "routers: {merged: {stages: [sums]}}",
+        "routers.merged has a name that stands for the merged model; choose another",
+    ),
+    "routed merge": (
+        "  dtype: float32\nevaluate",
+        "  dtype: float32\n  outputs: [model, routed]\nevaluate",
+        "merge.outputs.1 is none of its outputs; a routed model is a name under routers, see docs/routing.md",
+    ),
     "selection of nothing": (
         "selections: {}",
         "selections:\n  hard: {dataset: wrods, parent: base, reference: sums, keep: 0.5}",
@@ -203,6 +228,7 @@ def test_every_stage_says_it_on_the_command_line_without_a_traceback(project, mo
         ("method: task_arithmetic", "method: tiess", "merge.method 'tiess' is not known; did you mean ties?"),
         ("warn:\n  rounding: 0.25\n", "", "warn is missing, and DVC asks for it; write warn: {}"),
         ("selections: {}\n", "", "selections is missing, and DVC asks for it; write selections: {}"),
+        ("routers: {}\n", "", "routers is missing, and DVC asks for it; write routers: {}"),
         ("path: words.jsonl", "path: wrods.jsonl", "datasets.words.path 'wrods.jsonl' is not there; correct the path"),
         (
             "path: words.jsonl",

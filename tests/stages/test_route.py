@@ -1,0 +1,165 @@
+"""A routed model against PEFT's own merge of each stage, loaded by plain transformers."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from stages import route
+from stages.errors import MistakeError
+from stages.files import ANSWERS, BASE, CHECKPOINTS, DATA, ROUTED, read_json, write_json
+from tests.conftest import make_base, make_stage, make_tokenizer
+
+ASKED = {"one": "say {}:", "two": "{} + {} =", "three": "<{}>"}
+PARAMS = """\
+seed: 0
+threads: 1
+base: {{model: model}}
+datasets:
+{datasets}
+stages:
+{stages}
+merge: {{weights: {{one: 1.0}}}}
+routers: {{routed: {{stages: [one, two, three]}}}}
+evaluate: {{max_new_tokens: 4}}
+"""
+STAGES = {  # by name: parent, method, layers
+    "one": ("base", "lora", "0-2"),
+    "two": ("one", "dora", "1-3"),
+    "three": ("one", "full", "2"),
+}
+
+
+def load_base(folder=BASE, **named):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **named).eval()
+
+
+def prompts(name: str, count: int) -> list[str]:
+    return [ASKED[name].format(number, number % 7) for number in range(count)]
+
+
+def ids_of(prompt: str) -> list[int]:
+    return make_tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+
+
+def prepare(architecture: str) -> dict[str, torch.nn.Module]:
+    """A project of three trained stages, and the model that PEFT makes of each."""
+    make_base(architecture)
+    models = {"base": load_base()}
+    for name, (parent, method, layers) in STAGES.items():
+        models[name] = (
+            make_stage(name, copy.deepcopy(models[parent]), method, layers, parent=parent, size=0.3)
+            .merge_and_unload()
+            .eval()
+        )
+        record = read_json(CHECKPOINTS / name / "stage.json") | {"dataset": name}
+        write_json(CHECKPOINTS / name / "stage.json", dict(record))
+        folder = DATA / name
+        folder.mkdir(parents=True)
+        for split, count in (("train", 40), ("tune", 0), ("eval", 5)):
+            lines = [json.dumps({"prompt": prompt, "completion": "x"}) for prompt in prompts(name, count)]
+            (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    datasets = "".join(f"  {name}: {{source: file, path: x.jsonl, eval: 5}}\n" for name in STAGES)
+    stages = "".join(
+        f"  {name}: {{parent: {parent}, dataset: {name}, method: {method}, layers: {layers}, lr: 0.1, steps: 1}}\n"
+        for name, (parent, method, layers) in STAGES.items()
+    )
+    Path("params.yaml").write_text(PARAMS.format(datasets=datasets, stages=stages))
+    return models
+
+
+@torch.inference_mode()
+def logits(model, prompt):
+    return model(input_ids=torch.tensor([ids_of(prompt)])).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "qwen3", "gpt2"])
+def test_a_prompt_gets_the_stage_that_learned_its_like_and_no_other(architecture):
+    truth = prepare(architecture)
+
+    route.main("routed")
+
+    routed = load_base(ROUTED / "routed", trust_remote_code=True)
+    asked = {"base": "Wie geht es dir?", **{name: prompts(name, 50)[-1] for name in STAGES}}
+    for name, prompt in asked.items():
+        torch.testing.assert_close(logits(routed, prompt), logits(truth[name], prompt), rtol=1e-4, atol=1e-4)
+
+    tokenizer = make_tokenizer()
+    batch = tokenizer(list(asked.values()), padding=True, padding_side="left", return_tensors="pt")
+    keys = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    together = routed.generate(**pick(batch), **keys)[:, batch["input_ids"].shape[1] :].tolist()
+    beams = routed.generate(**pick(batch), **keys, num_beams=2)[:, batch["input_ids"].shape[1] :].tolist()
+    for row, (name, prompt) in enumerate(asked.items()):
+        ids = torch.tensor([ids_of(prompt)])
+        for model in (routed, truth[name]):
+            alone = model.generate(ids, **keys)[0, ids.shape[1] :].tolist()
+            assert together[row][: len(alone)] == alone, (name, model is routed)
+        alone = truth[name].generate(ids, **keys, num_beams=2)[0, ids.shape[1] :].tolist()
+        assert beams[row][: len(alone)] == alone, name
+
+    folder = ROUTED / "routed/adapters"
+    adapted = PeftModel.from_pretrained(load_base(), folder / "one", "one")
+    for name in ("two", "three"):
+        adapted.load_adapter(folder / name, name)
+    for name in STAGES:
+        if architecture == "gpt2":  # PEFT has one bias for all adapters, that of the last one
+            adapted = PeftModel.from_pretrained(load_base(), folder / name, name)
+        adapted.set_adapter(name)
+        torch.testing.assert_close(logits(adapted, asked[name]), logits(truth[name], asked[name]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_file_is_the_base_and_what_each_stage_adds():
+    prepare("llama-untied")
+
+    route.main("routed")
+    first = (ROUTED / "routed/model.safetensors").read_bytes()
+    route.main("routed")
+
+    assert (ROUTED / "routed/model.safetensors").read_bytes() == first
+    found, base = load_file(ROUTED / "routed/model.safetensors"), load_file(BASE / "model.safetensors")
+    assert all(torch.equal(found[name], values) for name, values in base.items())
+    report = read_json(ANSWERS / "routed.json")
+    added = {
+        str(number): sum(v.numel() * v.itemsize for name, v in found.items() if f".changes.{number}." in name)
+        for number in (1, 2, 3)
+    }
+    told = {str(i): each["low_rank"] + each["whole"] for i, each in enumerate(report["choices"].values(), start=1)}
+    assert told == added
+    assert report["choices"]["one"]["whole"] == 0 < report["choices"]["three"]["whole"]
+    assert all(each["error"] < 1e-3 for each in report["choices"].values())
+    assert report["tuning"] == {"prompts": 24 + 3 * 8, "right": 24 + 3 * 8}
+
+
+def test_what_was_chosen_holds_until_the_answer_ends_and_nobody_goes_on_without_it():
+    truth = prepare("llama-tied")
+    route.main("routed")
+    routed = load_base(ROUTED / "routed", trust_remote_code=True)
+    ids = torch.tensor([ids_of(prompts("three", 50)[-1])])
+
+    with torch.inference_mode():
+        past = routed(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="so that the choice is kept"):
+            routed(ids[:, :1], past_key_values=past)
+        with routed.chosen(torch.tensor([1])):
+            torch.testing.assert_close(routed(ids).logits, truth["one"](ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the router reads input_ids"):
+        routed(inputs_embeds=torch.zeros(1, 3, 64))
+
+
+def test_a_module_that_is_run_past_its_change_is_noticed(monkeypatch):
+    prepare("llama-tied")
+    monkeypatch.setattr("stages.routing.modeling_routed.Routed._change", lambda *_: None)
+
+    with pytest.raises(MistakeError, match=r"the routed model does not say what one says .* is missing"):
+        route.main("routed")
+
+    assert not (ROUTED / "routed").exists()
+
+
+def pick(batch):
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
