@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,20 @@ def test_a_module_that_is_run_past_its_change_is_noticed(monkeypatch):
 
 def pick(batch):
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.slow
+def test_the_example_chooses_and_answers_as_the_model_does():
+    prepare("llama-tied")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(BASE)
+    route.main("routed")
+
+    prompt = prompts("three", 50)[-1]
+    ids = torch.tensor([ids_of(prompt)])
+    routed = load_base(ROUTED / "routed", trust_remote_code=True)
+    answer = routed.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]
+    command = [sys.executable, ROUTED / "routed/example.py", prompt]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"{tokenizer.decode(answer, skip_special_tokens=True)}\n"
