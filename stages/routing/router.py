@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stages.records.record import Record
-from stages.records.tokens import encode_question, turns
+from stages.records.tokens import turns
 from stages.routing.modeling_routed import mean_hidden
 
 BATCH = 16  # prompts that pass through the base at once
@@ -83,8 +83,8 @@ def _choose(likely: torch.Tensor, best: torch.Tensor, threshold: float) -> torch
 
 def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
     """Token ids of what a record asks; of one that asks nothing, such as a text, all of it."""
-    asked = encode_question(record, tokenizer)
-    return asked or turns(record, tokenizer)[-1].answered.ids
+    turn = turns(record, tokenizer)[-1]
+    return turn.asked.ids if {"prompt", "messages"} & record.keys() else turn.asked.ids + turn.answered.ids
 
 
 def hidden_states(model: Any, layer: str, prompts: list[list[int]], filler: int) -> torch.Tensor:

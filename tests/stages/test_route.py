@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from stages import route
 from stages.errors import MistakeError
 from stages.files import ANSWERS, BASE, CHECKPOINTS, DATA, ROUTED, read_json, write_json
+from stages.records.lines import Lines
+from stages.routing.router import prompt_ids
 from tests.conftest import make_base, make_stage, make_tokenizer
 
 ASKED = {"one": "say {}:", "two": "{} + {} =", "three": "<{}>"}
@@ -134,7 +136,21 @@ def test_the_file_is_the_base_and_what_each_stage_adds():
     assert told == added
     assert report["choices"]["one"]["whole"] == 0 < report["choices"]["three"]["whole"]
     assert all(each["error"] < 1e-3 for each in report["choices"].values())
-    assert report["tuning"] == {"prompts": 24 + 3 * 8, "right": 24 + 3 * 8}
+    assert report["tuning"] == {"prompts": 32 + 3 * 8, "right": 32 + 3 * 8}
+
+
+def test_neutral_prompts_are_asked_as_those_of_a_dataset_are():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    neutral = list(Lines(route.HERE / "neutral.jsonl"))
+    told = [tokenizer.decode(prompt_ids(record, tokenizer)) for record in neutral]
+    assert {text.startswith("[user]") for text, record in zip(told, neutral, strict=True) if "prompt" in record} == {
+        True
+    }
+    assert {text.startswith("[user]") for text, record in zip(told, neutral, strict=True) if "text" in record} == {
+        False
+    }
+    assert not any("[assistant]." in text for text in told)  # which would be an answer
 
 
 def test_what_was_chosen_holds_until_the_answer_ends_and_nobody_goes_on_without_it():
