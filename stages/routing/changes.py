@@ -21,7 +21,7 @@ class Change:
     """The modules that are added to a base for one choice, see `stages.routing.modeling_routed`.
 
     Attributes:
-        forms: by the module that is changed, the arguments of a LowRank; nothing of a Whole.
+        forms: by the module that is changed, the arguments of a LowRank; nothing where another module takes its place.
         tensors: of each such module, by name, in the dtype of the file.
     """
 
@@ -29,7 +29,7 @@ class Change:
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def bytes(self, whole: bool) -> int:
-        """Of its LowRanks, or of its Wholes."""
+        """Of its LowRanks, or of the modules that take the place of others."""
         parts = [self.tensors[path] for path, form in self.forms.items() if (not form) == whole]
         return sum(values.numel() * values.itemsize for part in parts for values in part.values())
 
@@ -91,9 +91,7 @@ def read_change(merged: Merged, adapter: AdapterOutput) -> Change:
         change.tensors[path] = {name: values.to(dtype) for name, values in tensors.items()}
     for path, parameters in adapter.replaced.items():
         change.forms[path] = {}
-        change.tensors[path] = {
-            f"module.{name}": merged.rounded(f"{path}.{name}", values) for name, values in parameters.items()
-        }
+        change.tensors[path] = {name: merged.rounded(f"{path}.{name}", values) for name, values in parameters.items()}
     return change
 
 

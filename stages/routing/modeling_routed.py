@@ -40,18 +40,6 @@ class LowRank(nn.Module):
         return changed if self.shift is None else changed + self.shift
 
 
-class Whole(nn.Module):
-    """A module as a stage left it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(module)
-
-    def forward(self, _: torch.Tensor, *inputs: Any, **named: Any) -> torch.Tensor:
-        """The module's own output."""
-        return self.module(*inputs, **named)
-
-
 class Reached(Exception):  # noqa: N818  it is no error: nothing behind the layer is of interest
     """A layer gave its output."""
 
@@ -89,7 +77,7 @@ class Routed:
     """Gives a model, of which it is a base class before the model's own, the changes and the router of `config.routed`.
 
     That has `choices` (names of the stages, of which the first is number 1), `layer`, `width`, `threshold`, and
-    `changes`: by module, then by number, the arguments of `LowRank`, or nothing of a module that is replaced.
+    `changes`: by module, then by number, the arguments of `LowRank`, or nothing where another module takes its place.
     """
 
     config: Any
@@ -99,11 +87,11 @@ class Routed:
         settings = config.routed
         self.rows: dict[int, Any] | None = None  # of prompts that get a change, by its number; None: not chosen yet
         self.router = nn.Linear(settings["width"], len(settings["choices"]) + 1)  # the last is for none
-        for path, changes in settings["changes"].items():
+        for path, changes in sorted(settings["changes"].items(), key=lambda item: len(item[0])):  # outer ones first
             module = self.get_submodule(path)  # type: ignore[attr-defined]
-            made = {key: LowRank(**form) if form else Whole(module) for key, form in changes.items()}
+            made = {key: LowRank(**form) if form else copy.deepcopy(module) for key, form in changes.items()}
             module.changes = nn.ModuleDict(made)
-            module.register_forward_hook(self._change, with_kwargs=True)
+            module.forward = functools.partial(self._run, module, module.forward)
 
     @torch.no_grad()
     def choose(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -161,17 +149,23 @@ class Routed:
             raise ValueError("the router reads input_ids; give them, or say what is chosen: `with model.chosen(…):`")
         return self.choose(ids, named.get("attention_mask"))
 
-    def _change(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> Any:
-        """What a module gives after the changes of the prompts that get one."""
-        for number, places in (self.rows or {}).items():
-            if str(number) not in module.changes:
-                continue
-            change = module.changes[str(number)]
+    def _run(self, module: Any, forward: Any, *inputs: Any, **named: Any) -> Any:
+        """What a module gives for each prompt, after the change that was chosen for it."""
+        chosen = {number: places for number, places in (self.rows or {}).items() if str(number) in module.changes}
+        changes = {number: module.changes[str(number)] for number in chosen}
+        for number, change in changes.items():
+            if isinstance(chosen[number], slice) and not isinstance(change, LowRank):
+                return change(*inputs, **named)
+        output = forward(*inputs, **named)
+        for number, change in changes.items():
+            places = chosen[number]
             if isinstance(places, slice):
-                return change(output, *inputs, **named)
+                return change(output, *inputs)
             own = [self._of(places, value) for value in inputs]
-            own_named = {key: self._of(places, value) for key, value in named.items()}
-            changed = change(self._of(places, output), *own, **own_named)
+            if isinstance(change, LowRank):
+                changed = change(self._of(places, output), *own)
+            else:
+                changed = change(*own, **{key: self._of(places, value) for key, value in named.items()})
             output = output.clone()
             # Beams of a prompt, and its tokens where a model has all of a batch in a row, follow each other.
             by_prompt = output.view(self.prompts, -1, *output.shape[1:])
