@@ -218,6 +218,7 @@ def test_two_processes_give_the_curve_of_one(project):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_killed_in_the_middle_go_on_to_the_same_bits(project):
     write(("steps: 25", "steps: 200"), ("rank: 4", "rank: 4\n    dropout: 0.2\n    processes: 2"))
     # Pieces of three of eight examples are three, so one process draws more random numbers than the other.
