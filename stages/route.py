@@ -6,6 +6,7 @@ changes and router in model.safetensors, their code in modeling_routed.py), and 
 router.json and example.py. What it weighs, and how well it chooses, is in reports/answers/NAME.json.
 """
 
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -85,7 +86,8 @@ def provenance(params: Params, choices: list[str]) -> dict[str, Any]:
     """The router's choices and the record of every stage among them, ancestors included; no timestamps."""
     names = {ancestor for choice in choices for ancestor in params.lineage(choice)}
     stages = [read_record(CHECKPOINTS / name) for name in sorted(names)]
-    return {"router": {"stages": choices}, "base": read_record(BASE), "stages": stages}
+    versions = {package: importlib.metadata.version(package) for package in ("peft", "torch", "transformers")}
+    return {"router": {"stages": choices}, "base": read_record(BASE), "stages": stages, "versions": versions}
 
 
 def write_adapter(params: Params, choice: str, folder: Path, metadata: dict[str, str]) -> Change:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -127,6 +128,10 @@ def test_the_file_is_the_base_and_what_each_stage_adds():
     assert (ROUTED / "routed/model.safetensors").read_bytes() == first
     found, base = load_file(ROUTED / "routed/model.safetensors"), load_file(BASE / "model.safetensors")
     assert all(torch.equal(found[name], values) for name, values in base.items())
+    with safe_open(ROUTED / "routed/model.safetensors", framework="pt") as file:
+        told = json.loads(file.metadata()["strata"])
+    assert told == read_json(ROUTED / "routed/lineage.json")
+    assert [stage["name"] for stage in told["stages"]] == ["one", "three", "two"]
     report = read_json(ANSWERS / "routed.json")
     added = {
         str(number): sum(v.numel() * v.itemsize for name, v in found.items() if f".changes.{number}." in name)
