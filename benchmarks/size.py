@@ -2,7 +2,8 @@
 
 `model`: every stage of the pipeline on a random Llama of 1.1 billion in several files, from base to report, with the
 time and memory of each. `stages`: a hundred stages in one params.yaml, and how long `dvc repro` that has nothing to do,
-`dvc status`, `dvc dag`, `strata plan` and `strata check` take. `records`: a dataset from five million lines of a jsonl file.
+`dvc status`, `dvc dag`, `strata plan` and `strata check` take. `records`: a dataset from five million lines of a jsonl
+file.
 """
 
 from __future__ import annotations

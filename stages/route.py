@@ -19,12 +19,14 @@ from stages.errors import MistakeError, placed, run
 from stages.files import ANSWERS, BASE, CHECKPOINTS, ROUTED, publish, read_json, read_record, rounded, write_json
 from stages.merge import base_name, copy_beside
 from stages.merging.merged import Merged
+from stages.models.architecture import empty_model
+from stages.models.classes import class_names
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.project.params import PARAMS, Params, load_params
 from stages.records.lines import Lines, load_split
 from stages.routing import modeling_routed
 from stages.routing.changes import Change, adapt, named, read_change, save
-from stages.routing.loading import load_routed, names_of_classes
+from stages.routing.loading import load_routed
 from stages.routing.router import Router, fit, hidden_states, prompt_ids
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import Checkpoint, open_base, open_checkpoint, open_stages
@@ -45,7 +47,7 @@ def main(name: str) -> None:
     choices = params.find("routers", name).stages
     with placed(f"{PARAMS}: routers.{name}: "), publish(ROUTED / name) as folder:
         base, facts = open_base(), provenance(params, choices)
-        classes = classes_of(base)
+        classes = class_names(empty_model(BASE), base.architecture)
         metadata = {"format": "pt", "strata": json.dumps(facts, sort_keys=True)}
         torch.set_num_threads(1)  # processes share the work, and their number does not change a bit
         changes = [write_adapter(params, choice, folder / "adapters", metadata) for choice in choices]
@@ -65,21 +67,6 @@ def main(name: str) -> None:
     }
     report = {"threshold": router.threshold, "layer": layer, "tuning": tuning, "choices": told}
     write_json(ANSWERS / f"{name}.json", rounded(report))
-
-
-def classes_of(base: Checkpoint) -> tuple[str, str]:
-    """Names of the base's classes in transformers.
-
-    Raises:
-        MistakeError: no routed model can be made of such a base.
-    """
-    names = names_of_classes(base.folder)
-    if names is None or base.architecture.pieces:
-        raise MistakeError(
-            f"a base of type {base.architecture.model_type} cannot be routed, for it has images, code of its own or"
-            " weights that are stored otherwise than they run; remove the router, and use the merge"
-        )
-    return names
 
 
 def provenance(params: Params, choices: list[str]) -> dict[str, Any]:

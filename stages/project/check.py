@@ -12,7 +12,8 @@ from ruamel.yaml.error import YAMLError
 from stages.errors import MistakeError, placed
 from stages.files import BASE, CHECKPOINTS, DATA, read_record
 from stages.merging.kernels import find_kernel
-from stages.models.architecture import Architecture, describe, empty_model
+from stages.models.architecture import Architecture, empty_model
+from stages.models.classes import class_names
 from stages.project.params import PARAMS, Params, load_params
 from stages.project.references import check_depth
 from stages.records.lines import Lines
@@ -79,7 +80,7 @@ def check_against_base(params: Params) -> bool:
     import stages.models.modeling_houlsby  # noqa: F401  makes its models known to transformers
 
     model = empty_model(BASE)
-    refuse_misfits(params, model, describe(model))
+    refuse_misfits(params, model, Architecture.of(BASE))
     return True
 
 
@@ -90,7 +91,10 @@ def refuse_layers_outside(params: Params, num_layers: int) -> None:
 
 
 def refuse_misfits(params: Params, model: PreTrainedModel, architecture: Architecture) -> None:
-    """Raise a MistakeError for a stage whose modules or method the model does not go with; weights are not read."""
+    """Raise a MistakeError for a stage or router that the model does not go with; weights are not read."""
+    for name in params.routers:
+        with placed(f"{PARAMS}: routers.{name}: "):
+            class_names(model, architecture)
     for name, stage in params.stages.items():
         with placed(f"{PARAMS}: stages.{name}."):
             modules = architecture.select(stage.layers)
