@@ -199,13 +199,20 @@ def sum_up(verified: Verified) -> str:
     sizes = " + ".join(
         f"{solved.held[number]:.2f} × {verified.adapters[number].name}" for number, solved in enumerate(factors)
     )
-    changed = sum(float(tensor.gram[-1, -1]) for tensor in verified.sound)
-    rest = sum(t.solved.rest - t.solved.rest_right for t in verified.sound if t.is_adapted) / changed
+    adapted, changed = [t for t in verified.sound if t.is_adapted], sum(float(t.gram[-1, -1]) for t in verified.sound)
+    rest = sum(t.solved.rest - t.solved.rest_right for t in adapted) / changed
+    told = f"{verified.file} is {verified.base} + {sizes}, rounded to {verified.dtype}"
+    lost = {number: 1 - solved.right[number] for number, solved in enumerate(factors)}
+    lost = {number: share for number, share in lost.items() if share >= WORTH_TELLING}
+    taken = listed([f"{percent(share)} of {verified.adapters[number].name}" for number, share in lost.items()])
+    is_kept = all(factors[number].held[number] > 1 - share / 2 for number, share in lost.items())
+    if lost and is_kept and sum(t.solved.rest for t in adapted) <= sum(t.noise for t in adapted):
+        return (
+            f"{told} stochastically, which takes nothing of them and scatters {percent(rest)} of what changed; rounding"
+            f" to the nearest number would take {taken}"
+        )
     other = f"a rest of {percent(rest)} of what changed" if rest > WORTH_TELLING else "nothing else"
-    told = f"{verified.file} is {verified.base} + {sizes}, rounded to {verified.dtype}, and {other}"
-    lost = {a.name: 1 - solved.right[n] for n, (a, solved) in enumerate(zip(verified.adapters, factors, strict=True))}
-    taken = [f"{percent(share)} of {name}" for name, share in lost.items() if share >= WORTH_TELLING]
-    return f"{told}; rounding takes {listed(taken)}" if taken else told
+    return f"{told}, and {other}; rounding takes {taken}" if taken else f"{told}, and {other}"
 
 
 def table(verified: Verified) -> list[str]:

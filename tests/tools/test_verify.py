@@ -1,6 +1,7 @@
 """Files that PEFT, mergekit and Strata merged rightly pass, and each planted fault is told in its own sentence."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -340,6 +341,23 @@ def test_what_rounding_takes_is_told_and_float32_keeps(capsys, dtype):
     assert f"for {dtype} is too coarse: a right merge would have 0.".replace("torch.", "") in told
     merge("one")
     passes(capsys, "--adapter", "one")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "sentence"),
+    [
+        ("nearest", r"rounded to bfloat16, and nothing else; rounding takes [\d.]+ % of one"),
+        ("stochastic", r"1\.00 × one, rounded to bfloat16 stochastically, which takes nothing of them and scatters"),
+    ],
+)
+def test_how_a_file_was_rounded_is_told(capsys, rounding, sentence):
+    make_base("llama-untied", torch.bfloat16)
+    make_stage("one", load(), "lora", "1-2", size=1e-4)
+    Path("merged").mkdir()
+    settings = Merge(weights={"one": 1.0}, dtype="bfloat16", rounding=rounding)
+    write(Merged(*open_stages(["one"]), settings), Path("merged"), {"format": "pt"})
+    assert verify("--adapter", str(BASE.parent / "one"), "--expect", "0.5") == ""
+    assert re.search(sentence, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.7, "0.6"), (30.0, "29.99"), (-1.0, "-1.01")])
