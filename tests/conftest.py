@@ -185,6 +185,7 @@ def make_stage(
     torch.manual_seed(sum(map(ord, name)))
     model.requires_grad_()  # merge_and_unload leaves all frozen, as only what nobody trains is in a model as loaded
     wrapped = get_peft_model(model, stage.adapter_config(model, select(model, chosen)))
+    stage.started(wrapped)
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -196,7 +197,7 @@ def make_stage(
             "parent": parent,
             "dataset": "d",
             "method": method,
-            "layers": numbers(chosen, 4),
+            "layers": numbers(chosen, 4) if isinstance(chosen, str) else [],
             "settings": {},
             "trained_parameters": 1,
             "sha256": sha256([folder / "adapter_model.safetensors"]),

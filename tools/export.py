@@ -17,6 +17,7 @@ KINDS = {
     "lora": "export/lora: each stage as a plain LoRA, for servers that load nothing else",
     "shards": "export/shards: the merged model in files of a bounded size",
     "sbom": "export/sbom.cdx.json: what the model was made of, as a bill of materials (CycloneDX)",
+    "sign": "export/model/model.sig: a signature of its files with your key (OpenSSF model signing)",
     "hub": "push export/model to the Hugging Face hub",
 }
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -37,6 +38,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parsers["lora"].add_argument("--rank", type=positive, default=64, help="at most so much; %(default)s")
     parsers["lora"].add_argument("--merged", action="store_true", help="the merged model, and no stage by itself")
     parsers["shards"].add_argument("--size", default="2GB", help="of a file at most, such as 500MB; %(default)s")
+    parsers["sign"].add_argument(
+        "folder", type=Path, nargs="?", default=Path("export/model"), help="what to sign; %(default)s"
+    )
+    parsers["sign"].add_argument("--key", type=Path, required=True, help="private key on an elliptic curve, PEM")
     parsers["hub"].add_argument("repo", help="where to, owner/name")
     parsers["hub"].add_argument("--public", action="store_true", help="for everybody to see; otherwise private")
     parsers["hub"].add_argument("--dry-run", action="store_true", help="list the files, and push none")

@@ -1,7 +1,8 @@
 """How much of each adapter is in a file, made by anybody: `strata verify FILE --base B --adapter A …`.
 
-Needs no project. Exit code 1 and a sentence for each finding where the file is not the base and the adapters, such as
-where one is left out, scaled otherwise, or lost to rounding; docs/verify.md has them all.
+Or whether it is what was signed (`--key`), or what a bill of materials has (`--sbom`). Needs no project.
+Exit code 1 and a sentence for each finding where the file is not the base and the adapters, such as where one is left
+out, scaled otherwise, or lost to rounding; docs/verify.md has them all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from stages.training.importing import try_out
 from stages.weights.checkpoint import Checkpoint, VirtualCheckpoint
 from stages.weights.foreign import names_in_peft, read_config
 from stages.weights.tensor_file import TensorFile
+from tools.exporting import sbom as bill
+from tools.exporting import sign
 from tools.terminal import short_names
 from tools.verdict import Verified, by_kind, judge, listed, several
 
@@ -42,30 +45,66 @@ WORTH_TELLING = 0.005  # of a change, what rounding takes
 def add_arguments(parser: ArgumentParser) -> None:
     """The file, what it was made of, and how much must be there."""
     parser.add_argument("file", type=Path, help="a .safetensors file, or the folder of a model")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the model that it was made of")
+    parser.add_argument("--base", type=Path, help="folder of the model that it was made of")
     parser.add_argument(
-        "--adapter", type=Path, action="extend", nargs="+", required=True, help="folders of PEFT adapters, or of stages"
+        "--adapter", type=Path, action="extend", nargs="+", help="folders of PEFT adapters, or of stages"
     )
     parser.add_argument(
         "--expect", type=float, help="the least factor of each adapter (default: 0.9 divided by how many there are)"
     )
+    parser.add_argument("--key", type=Path, help="public key of who signed the folder, PEM")
+    parser.add_argument("--signature", type=Path, help="made with that key (default: model.sig in the folder)")
+    parser.add_argument("--sbom", type=Path, help="bill of materials of the model, CycloneDX")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
 
-def main(file: Path, base: Path, adapter: list[Path], expect: float | None, json: bool) -> None:
+def main(
+    file: Path,
+    base: Path | None,
+    adapter: list[Path] | None,
+    expect: float | None,
+    key: Path | None,
+    signature: Path | None,
+    sbom: Path | None,
+    json: bool,
+) -> None:
     """Print what is in the file, and a sentence for each finding.
 
     Raises:
-        MistakeError: there is a finding, or what the file is to be held against cannot be read.
+        MistakeError: there is a finding, or what the file is to be held against cannot be read or was not said.
     """
-    with tempfile.TemporaryDirectory() as room:
-        verified, findings = verify(file, base, adapter, expect, Path(room))
+    if (base is None) != (adapter is None) or (signature and not key) or not (base or key or sbom):
+        raise MistakeError(
+            "verify holds a file against --base with --adapter, --key of a signature, or --sbom; give one"
+        )
+    if not file.exists():
+        raise MistakeError(f"{file} is not there; name a .safetensors file, or the folder of a model")
+    findings, right = _beside(file, key, signature, sbom)
+    figures, rows = {"file": str(file)}, list[str]()
+    if base and adapter:
+        with tempfile.TemporaryDirectory() as room:
+            verified, found = verify(file, base, adapter, expect, Path(room))
+        findings, right = [*findings, *found], [*right, *([] if found else [sum_up(verified)])]
+        figures, rows = numbers(verified), ["", *table(verified)]
     if json:
-        print(format_json.dumps(rounded(numbers(verified) | {"findings": findings}), indent=2, ensure_ascii=False))
+        print(format_json.dumps(rounded(figures | {"findings": findings}), indent=2, ensure_ascii=False))
     else:
-        print("\n".join([*(f"- {text}" for text in findings or [sum_up(verified)]), "", *table(verified)]).rstrip())
+        print("\n".join([*(f"- {text}" for text in findings or right), *rows]).rstrip())
     if findings:
         raise MistakeError(f"{file} has {len(findings)} finding{'s' if len(findings) > 1 else ''}")
+
+
+def _beside(file: Path, key: Path | None, signature: Path | None, sbom: Path | None) -> tuple[list[str], list[str]]:
+    """Findings of what was given beside the file, and what is said where they are none."""
+    findings, right = [], []
+    if key:
+        signed = signature or file / sign.FILE
+        findings += sign.check(file, signed, key)
+        right.append(f"{file} is what was signed with the key {key}")
+    if sbom:
+        findings += bill.check(sbom, file)
+        right.append(f"{file} and what it was made of are those of {sbom}")
+    return findings, right
 
 
 def verify(file: Path, base: Path, folders: list[Path], expect: float | None, room: Path) -> tuple[Verified, list[str]]:
@@ -79,12 +118,10 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
         room: an empty folder for what is written on the way.
 
     Raises:
-        MistakeError: the base or an adapter is none, or the file is not there.
+        MistakeError: the base or an adapter is none.
     """
     if expect is not None and not math.isfinite(expect):
         raise MistakeError(f"--expect is {expect}; write a number, such as 0.9")
-    if not file.exists():
-        raise MistakeError(f"{file} is not there; name a .safetensors file, or the folder of a model")
     model = _model(base)
     first = _opened(base, model)
     known, stored = first.architecture, first.stored_names

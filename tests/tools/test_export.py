@@ -27,7 +27,8 @@ from stages.settings.base import Base
 from tests.analysis.conftest import STAGES, Project
 from tests.conftest import make_base, make_outside, make_stage, make_tokenizer
 from tests.tools.hub import FakeHub
-from tools.exporting import card, hub, lora, model, sbom, shards
+from tools import cli
+from tools.exporting import card, hub, lora, model, sbom, shards, sign
 from tools.exporting import gguf as to_gguf
 from tools.exporting.origin import Origin, origin
 
@@ -462,6 +463,69 @@ def test_the_bill_of_materials_names_every_part_by_its_hash(merged):
     once = sbom.FILE.read_bytes()
     sbom.main("tiny")
     assert sbom.FILE.read_bytes() == once
+
+
+def verified(*words):
+    """The exit of `strata verify`, empty where all is right."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["strata", "verify", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return str(ended)
+    return ""
+
+
+def test_a_bill_is_checked_against_the_file(merged, capsys):
+    sbom.main("tiny")
+    assert verified(MERGED, "--sbom", sbom.FILE) == ""
+    assert "and what it was made of are those of export/sbom.cdx.json" in capsys.readouterr().out
+    text = sbom.FILE.read_text()
+    digest = sha256([CHECKPOINTS / "sums/adapter_model.safetensors"])
+    sbom.FILE.write_text(text.replace(digest, "0" * 64))
+    assert verified(MERGED, "--sbom", sbom.FILE) == "error: merged has 1 finding"
+    assert f"has {'0' * 64} for stage/sums, and merged/model.safetensors is or was made of {digest}" in (
+        capsys.readouterr().out
+    )
+    sbom.FILE.write_text(text)
+    data = bytearray((MERGED / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (MERGED / "model.safetensors").write_bytes(data)
+    assert verified(MERGED, "--sbom", sbom.FILE) == "error: merged has 1 finding"
+    assert "for model, and merged/model.safetensors is" in capsys.readouterr().out
+    assert "config.json is no bill of materials" in verified(MERGED, "--sbom", MERGED / "config.json")
+    assert "give one" in verified(MERGED)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder / "README.md").write_text("edited"), ""),
+        (lambda folder: (folder / "config.json").write_text("{}"), "Hash mismatch for 'config.json'"),
+        (lambda folder: (folder / "run.py").write_text("1"), "Extra files found in model 'model': run.py"),
+        (lambda folder: (folder / "config.json").unlink(), "Missing files in model 'model': config.json"),
+    ],
+)
+def test_a_signature_tells_what_was_altered(capsys, fault, told):
+    pytest.importorskip("model_signing", reason="needs the extra sign")
+    keys = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    for name in ("ours", "theirs"):
+        key = keys.generate_private_key(keys.SECP256R1())
+        plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        Path(f"{name}.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+        public = serialization.PublicFormat.SubjectPublicKeyInfo
+        Path(f"{name}.pub").write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, public))
+    model.FOLDER.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (model.FOLDER / name).write_text(name)
+    sign.main(model.FOLDER, Path("ours.pem"))
+    fault(model.FOLDER)
+    assert verified(model.FOLDER, "--key", "ours.pub") == ("error: export/model has 1 finding" if told else "")
+    assert told in capsys.readouterr().out
+    assert verified(model.FOLDER, "--key", "theirs.pub") == "error: export/model has 1 finding"
+    assert "is no public key" in verified(model.FOLDER, "--key", "ours.pem")
 
 
 def test_shards_are_the_file_in_pieces(merged):

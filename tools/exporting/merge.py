@@ -14,6 +14,7 @@ from stages.settings.merge import Merge
 from stages.weights.checkpoint import open_stages
 
 EXPORT = Path("export")
+WEIGHTS = "model.safetensors"
 
 
 def read_lineage(params: Params) -> dict[str, Any]:

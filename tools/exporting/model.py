@@ -11,11 +11,11 @@ from stages.errors import MistakeError
 from stages.files import MERGED, REPORTS, publish, write_json
 from stages.project.params import load_params
 from tools.exporting.card import FOLDER, code, make_card, tell
-from tools.exporting.merge import copy_companions, link, read_lineage
+from tools.exporting.merge import WEIGHTS, copy_companions, link, read_lineage
 from tools.exporting.notebook import make_notebook
 from tools.exporting.origin import Origin, origin
 
-PICTURE, WEIGHTS = "evaluation.svg", "model.safetensors"
+PICTURE = "evaluation.svg"
 
 
 def main(name: str, license: str | None) -> None:

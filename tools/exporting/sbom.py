@@ -5,13 +5,18 @@ base, every stage's adapter, the datasets and the libraries, each with its hash 
 time and no chance: the same model gives the same bytes.
 """
 
+import json
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from stages.errors import MistakeError
 from stages.files import MERGED, REPORTS, read_json, sha256, write_json
 from stages.project.params import Params, load_params
-from tools.exporting.merge import EXPORT, read_lineage
+from stages.weights.tensor_file import TensorFile
+from tools.exporting.merge import EXPORT, WEIGHTS, read_lineage
 from tools.exporting.origin import Origin, origin
 
 FILE = EXPORT / "sbom.cdx.json"
@@ -32,6 +37,43 @@ def main(name: str) -> None:
     print(f"{FILE}: {name} and what it was made of")
 
 
+def check(path: Path, file: Path) -> list[str]:
+    """A sentence for each part of a bill of materials that is not what a file, and the provenance in it, say.
+
+    Args:
+        path: of the bill.
+        file: the model's weights, or their folder.
+
+    Raises:
+        MistakeError: the bill or the file is none.
+    """
+    weights = file / WEIGHTS if file.is_dir() else file
+    provenance = json.loads(TensorFile(weights).metadata.get("strata", "null"))
+    wanted = {MODEL: sha256([weights])} | (parts(provenance) if provenance else {})
+    told = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(path)
+        told = {
+            part["bom-ref"]: part["hashes"][0]["content"]
+            for part in [content["metadata"]["component"], *content["components"]]
+            if "hashes" in part
+        }
+    if told is None:
+        raise MistakeError(f"{path} is no bill of materials of a model; write one with `strata export sbom`")
+    return [
+        f"{path} has {told.get(ref, 'no hash')} for {ref}, and {weights} is or was made of {digest}"
+        for ref, digest in wanted.items()
+        if told.get(ref) != digest
+    ]
+
+
+def parts(lineage: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what a model was made of, by the names by which the bill refers to them."""
+    stages = {stage_ref(stage["name"]): stage["sha256"] for stage in lineage["stages"]}
+    data = {data_ref(name): digest for name, digest in data_of(lineage).items()}
+    return {BASE: lineage["base"]["sha256"], **stages, **data}
+
+
 def bill(name: str, params: Params, lineage: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
     """The whole bill, as JSON.
 
@@ -41,7 +83,7 @@ def bill(name: str, params: Params, lineage: dict[str, Any], evaluation: dict[st
         lineage: content of merged/lineage.json.
         evaluation: content of reports/evaluation.json.
     """
-    digest, known = sha256([MERGED / "model.safetensors"]), origin(params.base)
+    digest, known = sha256([MERGED / WEIGHTS]), origin(params.base)
     model = machine_learning(MODEL, name, digest, known) | {"modelCard": card(evaluation, lineage)}
     stages = [
         machine_learning(stage_ref(stage["name"]), stage["name"], stage["sha256"], None) | {"description": HASHED}

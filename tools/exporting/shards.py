@@ -10,10 +10,9 @@ from stages.project.params import load_params
 from stages.weights.single_file import single_file
 from stages.weights.tensor_file import TensorFile
 from stages.weights.tensor_file import size as size_of
-from tools.exporting.merge import EXPORT, copy_companions, read_lineage
+from tools.exporting.merge import EXPORT, WEIGHTS, copy_companions, read_lineage
 
 FOLDER = EXPORT / "shards"
-WEIGHTS = "model.safetensors"
 
 
 def main(size: str) -> None:
