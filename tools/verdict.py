@@ -311,4 +311,4 @@ def written(dtype: torch.dtype) -> str:
 
 def listed(names: list[str]) -> str:
     """Names as `one, two and three`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
