@@ -86,6 +86,7 @@ class Routed:
         super().__init__(config)  # type: ignore[call-arg]  # the model's own
         settings = config.routed
         self.rows: dict[int, Any] | None = None  # of prompts that get a change, by its number; None: not chosen yet
+        self.prompts = 0
         self.router = nn.Linear(settings["width"], len(settings["choices"]) + 1)  # the last is for none
         for path, changes in sorted(settings["changes"].items(), key=lambda item: len(item[0])):  # outer ones first
             module = self.get_submodule(path)  # type: ignore[attr-defined]
@@ -110,17 +111,24 @@ class Routed:
 
     @contextmanager
     def chosen(self, numbers: torch.Tensor) -> Iterator[None]:
-        """Within the block each prompt of a batch gets the change of that number, [prompts]; the router has no say."""
-        before, chosen = self.rows, numbers.tolist()
+        """Within the block each prompt of a batch gets the change of that number, [prompts]; the router has no say.
+
+        Raises:
+            ValueError: what has changes was replaced since the model was made, as quantisation does.
+        """
+        find: Any = self.get_submodule  # type: ignore[attr-defined]
+        if lost := [path for path in self.config.routed["changes"] if not hasattr(find(path), "changes")]:
+            raise ValueError(f"{lost[0]} was replaced, and its changes are lost; load the model without quantisation")
+        before, chosen = (self.rows, self.prompts), numbers.tolist()
+        self.prompts = len(chosen)
         self.rows = {
             number: slice(None) if chosen.count(number) == len(chosen) else (numbers == number).nonzero()[:, 0]
             for number in sorted(set(chosen))
         }
-        self.prompts = len(chosen)
         try:
             yield
         finally:
-            self.rows = before
+            self.rows, self.prompts = before
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's own forward; without past keys and values, all that it is given is the prompt to choose for.

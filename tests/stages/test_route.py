@@ -172,6 +172,9 @@ def test_what_was_chosen_holds_until_the_answer_ends_and_nobody_goes_on_without_
             torch.testing.assert_close(routed(ids).logits, truth["one"](ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="the router reads input_ids"):
         routed(inputs_embeds=torch.zeros(1, 3, 64))
+    routed.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 64)  # as quantisation does
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj was replaced, and its changes are lost"):
+        routed.generate(ids)
 
 
 def test_a_module_that_is_run_past_its_change_is_noticed(monkeypatch):
