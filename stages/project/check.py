@@ -28,7 +28,7 @@ from stages.settings.stage import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOCK = Path("dvc.lock")  # what DVC has results of
+PIPELINE, LOCK = Path("dvc.yaml"), Path("dvc.lock")  # what DVC runs, and has results of
 TRACKED = ("selections", "routers", "warn")  # sections with a default that dvc.yaml names all the same
 
 
@@ -43,7 +43,7 @@ def load_checked() -> Params:
     for number, method in enumerate(params.search.methods or []):
         _check_merge(params.merge.model_copy(update={"method": method}), f"search.methods.{number}")
     for section in TRACKED:
-        if section not in params.model_fields_set:
+        if PIPELINE.exists() and section not in params.model_fields_set:
             raise MistakeError(f"{PARAMS}: {section} is missing, and DVC asks for it; write {section}: {{}}")
     made = _made()
     for name in _to_make("datasets", params.datasets, DATA, made):

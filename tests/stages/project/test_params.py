@@ -11,8 +11,9 @@ import pytest
 from stages import base
 from stages.errors import MistakeError
 from stages.files import BASE, read_json, write_json
+from stages.project.check import load_checked
 from stages.project.params import load_params
-from tests.conftest import ROOT, make_base
+from tests.conftest import PARAMS, ROOT, make_base
 from tools import check
 
 MISTAKES = {
@@ -226,9 +227,6 @@ def test_every_stage_says_it_on_the_command_line_without_a_traceback(project, mo
     ("text", "replacement", "sentence"),
     [
         ("method: task_arithmetic", "method: tiess", "merge.method 'tiess' is not known; did you mean ties?"),
-        ("warn:\n  rounding: 0.25\n", "", "warn is missing, and DVC asks for it; write warn: {}"),
-        ("selections: {}\n", "", "selections is missing, and DVC asks for it; write selections: {}"),
-        ("routers: {}\n", "", "routers is missing, and DVC asks for it; write routers: {}"),
         ("path: words.jsonl", "path: wrods.jsonl", "datasets.words.path 'wrods.jsonl' is not there; correct the path"),
         (
             "path: words.jsonl",
@@ -358,3 +356,12 @@ def test_two_stages_may_not_train_the_same_new_neurons(project):
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("layers: 2-3", "layers: 1-3"))
     with pytest.raises(MistakeError, match=r"stages.words.neurons: stage sums has some of '0-3' too"):
         check.main()
+
+
+@pytest.mark.parametrize(("section", "text"), [("warn", "warn:\n  rounding: 0.25\n"), ("routers", "routers: {}\n")])
+def test_a_section_that_dvc_asks_for_is_needed_where_dvc_runs(project, section, text):
+    Path("params.yaml").write_text(PARAMS.replace(text, ""))
+    load_checked()  # as of a stage that is run by hand
+    Path("dvc.yaml").touch()
+    with pytest.raises(MistakeError, match=rf"{section} is missing, and DVC asks for it; write {section}: {{}}"):
+        load_checked()
