@@ -350,7 +350,8 @@ def guesses(facts: Facts) -> list[str]:
     return [
         "Stages on different layers are not independent: a layer reads what the layers before it wrote, so a"
         f" change early in the model shifts what every later layer was trained on.{overlap}"
-        " Training again with more replay, smaller merge weights or other layers would show whether that is the cause."
+        " Training again with more replay, smaller merge weights or other layers would show whether that is the cause;"
+        " a router (routers in params.yaml) gives each prompt one stage alone."
     ]
 
 
