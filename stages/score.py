@@ -47,7 +47,7 @@ def main(name: str) -> None:
     def ask(records: Sequence[Record], scorers: Sequence[str]) -> list[dict[str, Any]]:
         return score(model, tokenizer, records, scorers, params.evaluate)
 
-    table = ask_all(ask, name, text_config(model).max_position_embeddings)
+    table = ask_all(ask, name, getattr(text_config(model), "max_position_embeddings", None))
     write_table(ANSWERS / f"{name}.parquet", table.astype(COLUMNS))
 
 

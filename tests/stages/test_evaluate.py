@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import BloomConfig, BloomForCausalLM
 
 from stages import data, evaluate, pick, score
 from stages.comparing import Scores
 from stages.errors import MistakeError
-from stages.files import ANSWERS, PICKED, read_json, write_json, write_table
+from stages.files import ANSWERS, BASE, PICKED, read_json, write_json, write_table
 from stages.project.params import load_params
 from stages.records.lines import load_split
 from tests.conftest import PARAMS, make_base
@@ -116,8 +117,12 @@ def test_two_runs_write_the_same_bytes(project):
     assert [path.read_bytes() for path in Path("reports").glob("*.*")] == first and len(first) == 2
 
 
-def test_every_answer_is_kept(project):
+@pytest.mark.parametrize("limited", [True, False])
+def test_every_answer_is_kept(project, limited):
     make_base("llama-untied")
+    if not limited:  # Bloom's config tells no longest text
+        config = BloomConfig(vocab_size=128, hidden_size=32, n_layer=4, n_head=4, pad_token_id=0, eos_token_id=0)
+        BloomForCausalLM(config).save_pretrained(BASE)
     Path("data/sums").mkdir(parents=True)
     lines = ['{"prompt": "1+1=", "completion": "2", "part": "a"}', "", '{"text": "Привет", "part": "b"}']
     Path("data/sums/eval.jsonl").write_text("\n".join(lines))
