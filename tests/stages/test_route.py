@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from stages import route
 from stages.errors import MistakeError
 from stages.files import ANSWERS, BASE, CHECKPOINTS, DATA, ROUTED, read_json, write_json
+from stages.project.params import load_params
 from stages.records.lines import Lines
 from stages.routing.router import prompt_ids
 from tests.conftest import make_base, make_stage, make_tokenizer
+from tools.models import load
 
 ASKED = {"one": "say {}:", "two": "{} + {} =", "three": "<{}>"}
 PARAMS = """\
@@ -90,8 +92,10 @@ def test_a_prompt_gets_the_stage_that_learned_its_like_and_no_other(architecture
     route.main("routed")
 
     routed = load_base(ROUTED / "routed", trust_remote_code=True)
+    own = load(load_params(), "routed")  # as strata chat has it, without the code of the folder
     asked = {"base": "Wie geht es dir?", **{name: prompts(name, 50)[-1] for name in STAGES}}
     for name, prompt in asked.items():
+        assert torch.equal(logits(own, prompt), logits(routed, prompt))
         torch.testing.assert_close(logits(routed, prompt), logits(truth[name], prompt), rtol=1e-4, atol=1e-4)
 
     tokenizer = make_tokenizer()
