@@ -94,6 +94,6 @@ def _refine_names(found: Schema) -> None:
     """Say what names may look like, and how few threads there may be."""
     sections = found["properties"]
     parts = found["$defs"]["Mix"]["properties"]["parts"]
-    for named in (sections["datasets"], sections["selections"], sections["stages"], parts):
+    for named in (*(sections[name] for name in ("datasets", "selections", "stages", "routers")), parts):
         named["propertyNames"] = {"pattern": f"^{PLAIN.pattern}$"}
     sections["threads"]["anyOf"][1]["minimum"] = 1
