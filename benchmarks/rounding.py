@@ -112,7 +112,7 @@ def ways_of(merge: Merge, exact: dict[str, torch.Tensor], inputs: dict[str, torc
 
     drawn = [merge.model_copy(update={"rounding": "stochastic", "seed": seed}) for seed in SEEDS]
     return {
-        "nearest": Merged(base, stages, merge).stored,
+        "nearest": Merged(base, stages, merge.model_copy(update={"rounding": "nearest"})).stored,
         **{f"stochastic, seed {each.seed}": Merged(base, stages, each).stored for each in drawn},
         "compensated": smooth,
     }
