@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from stages.models.classes import class_names
 from stages.models.loading import compute_dtype, device, load_model, load_tokenizer
 from stages.project.params import PARAMS, Params, load_params
 from stages.records.lines import Lines, load_split
+from stages.records.record import Record
 from stages.routing import modeling_routed
 from stages.routing.changes import Change, adapt, named, read_change, save
 from stages.routing.loading import load_routed
+from stages.routing.modeling_routed import look_at
 from stages.routing.router import Router, fit, hidden_states, prompt_ids
 from stages.settings.merge import Merge
 from stages.weights.checkpoint import Checkpoint, open_base, open_checkpoint, open_stages
@@ -96,14 +99,16 @@ def gather(params: Params, choices: list[str], base: Checkpoint) -> list[Prompts
     Where a dataset has no tuning split, the last fifth of its prompts is for tuning; so is every fifth neutral one.
     """
     tokenizer, positions = load_tokenizer(), base.architecture.positions
-    neutral = [prompt_ids(record, tokenizer)[:positions] for record in Lines(HERE / "neutral.jsonl")]
+
+    def tokens(records: Sequence[Record]) -> list[list[int]]:
+        """Of what a tokenizer knows any character of."""
+        return [ids for record in records if (ids := prompt_ids(record, tokenizer)[:positions])]
+
+    neutral = tokens(Lines(HERE / "neutral.jsonl"))
     found = [([ids for i, ids in enumerate(neutral) if i % 5], neutral[::5])]
     for choice in choices:
         dataset = params.stages[choice].dataset
-        train, tune = (
-            [prompt_ids(record, tokenizer)[:positions] for record in load_split(dataset, split)[:most]]
-            for split, most in (("train", TRAIN), ("tune", TUNE))
-        )
+        train, tune = tokens(load_split(dataset, "train")[:TRAIN]), tokens(load_split(dataset, "tune")[:TUNE])
         if len(train) < 2:
             raise MistakeError(f"the dataset {dataset!r} of {choice} has too few prompts to know it by; leave it out")
         kept = len(train) if tune else len(train) - max(1, len(train) // 5)
@@ -115,10 +120,13 @@ def train(base: Checkpoint, prompts: list[Prompts]) -> tuple[Router, str, dict[s
     """The router, the layer that it looks at, and how many of the tuning prompts it gets right."""
     model, tokenizer = load_model(base, compute_dtype(), device()), load_tokenizer()
     layer = f"{base.architecture.stack}.{(base.architecture.layers - 1) // 2}"
+    look_at(model.get_submodule(layer))
     hidden, labels = [], []
     for part in range(2):
         ids = [prompt for pair in prompts for prompt in pair[part]]
-        hidden.append(hidden_states(model, layer, ids, tokenizer.pad_token_id))
+        hidden.append(hidden_states(model, ids, tokenizer.pad_token_id))
+        if not hidden[-1].isfinite().all():
+            raise MistakeError(f"what {layer} of the base makes of prompts is not finite; choose another base.dtype")
         labels.append(torch.tensor([number for number, pair in enumerate(prompts) for _ in pair[part]]))
     router = fit(hidden[0], labels[0], hidden[1], labels[1])
     right = int((router.choose(hidden[1]) == labels[1]).sum())

@@ -27,12 +27,12 @@ def main(name: str) -> None:
     torch.set_num_threads(params.thread_count)
     model, tokenizer = load_routed(ROUTED / name, BASE, compute_dtype(), device()), load_tokenizer()
     positions = getattr(text_config(model), "max_position_embeddings", None)
-    layer, choices = model.config.routed["layer"], ["base", *model.config.routed["choices"]]
+    choices = ["base", *model.config.routed["choices"]]
 
     def ask(records: Sequence[Record], scorers: Sequence[str]) -> list[dict[str, Any]]:
         prompts = [prompt_ids(record, tokenizer)[:positions] for record in records]
         with model.chosen(torch.tensor([0])):
-            hidden = hidden_states(model, layer, prompts, tokenizer.pad_token_id)
+            hidden = hidden_states(model, prompts, tokenizer.pad_token_id)
         numbers = model.decide(hidden.to(model.device)).tolist()
         rows: dict[int, dict[str, Any]] = {}
         for number in sorted(set(numbers)):

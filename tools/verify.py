@@ -134,6 +134,8 @@ def verify(file: Path, base: Path, folders: list[Path], expect: float | None, ro
     except MistakeError as mistake:  # as of a file that is cut short
         return verified, [str(mistake)]
     apart = set_apart(first, second)
+    if "router.weight" in apart.extra and any(".changes." in name for name in apart.extra):
+        return verified, [f"{file} is a routed model, which keeps the base and each change apart; name a merged file"]
     if parts := [name for name in apart.extra if ".base_layer." in name or ".lora_" in name]:
         beside = f"{file} has an adapter beside its weights, as {parts[0]}; save what merge_and_unload returns"
         return verified, [beside]

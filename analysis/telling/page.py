@@ -109,7 +109,11 @@ def _routed_rows(facts: Facts) -> list[dict[str, Any]]:
         chosen = [(dataset, [counts.get(each, 0) for each in choices]) for dataset, counts in routing["chosen"].items()]
         bytes_of = {key: sum(each[key] for each in routing["choices"].values()) for key in ("low_rank", "whole")}
         whole = [choice for choice, each in routing["choices"].items() if each["whole"]]
-        rows.append(routing | {"name": name, "choices": choices, "chosen": chosen, "bytes": bytes_of, "whole": whole})
+        error = max(each["error"] for each in routing["choices"].values())
+        rows.append(
+            routing
+            | {"name": name, "error": error, "choices": choices, "chosen": chosen, "bytes": bytes_of, "whole": whole}
+        )
     return rows
 
 

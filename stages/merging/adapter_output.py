@@ -7,7 +7,6 @@ fit reports a large error, which `check_errors` turns down.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,12 +161,11 @@ class AdapterOutput:
         """
         self.replaced.setdefault(path, {}).update(parameters)
 
-    def replace_misfits(self, tolerance: float, parameters: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        """Replace as a whole what is adapted with a larger error, by what `parameters` tells of a module."""
-        for path in [path for path, fit in self.fits.items() if not fit.error <= tolerance]:
-            for known in (self.fits, self.biases, self._old_biases):
-                known.pop(path, None)
-            self.add_replacement(path, parameters(path))
+    def replace(self, path: str, parameters: dict[str, torch.Tensor]) -> None:
+        """Replace a module as a whole that was given to `add_linear`; `parameters` are those after the merge."""
+        for known in (self.fits, self.biases, self._old_biases):
+            known.pop(path, None)
+        self.add_replacement(path, parameters)
 
     def save(
         self, folder: Path, base_name: str, revision: str | None, fan_in_fan_out: bool, metadata: dict[str, str]

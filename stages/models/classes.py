@@ -20,11 +20,15 @@ def class_names(model: PreTrainedModel, architecture: Architecture) -> tuple[str
     import transformers
 
     names = type(model.config).__name__, type(model).__name__
-    is_text = auto_class(model.config) is transformers.AutoModelForCausalLM
-    has_experts = any(module.kind in STACKS for module in architecture.modules.values())
-    if not is_text or has_experts or architecture.pieces or not all(hasattr(transformers, name) for name in names):
+    reasons = {
+        "reads images": auto_class(model.config) is not transformers.AutoModelForCausalLM,
+        "has experts": any(module.kind in STACKS for module in architecture.modules.values()),
+        "has code of its own": not all(hasattr(transformers, name) for name in names),
+        "has other weights in its file than it runs with": bool(architecture.pieces),
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), None):
         raise MistakeError(
-            f"a base of type {architecture.model_type} cannot be routed, for it has images, experts, code of its own or"
-            " weights that are stored otherwise than they run; remove the router, and use the merge"
+            f"a base of type {architecture.model_type} cannot be routed, for it {reason}; remove the router, and use"
+            " the merge"
         )
     return names

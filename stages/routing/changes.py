@@ -40,8 +40,24 @@ def adapt(merged: Merged, processes: int) -> AdapterOutput:
     for part in in_processes(Writer(merged, {}), paths, processes):
         if part is not None:
             add_part(adapter, part)
-    adapter.replace_misfits(merged.merge.adapter.tolerance, merged.module)
+    for path in [path for path, fit in adapter.fits.items() if not is_sound(merged, path, fit)]:
+        adapter.replace(path, merged.module(path))
     return adapter
+
+
+def is_sound(merged: Merged, path: str, fit: Fit) -> bool:
+    """Whether a fit holds the change of a matrix, and no row of it is scaled by more than twice.
+
+    A fit of a rank near the number of rows may rest on two large terms that cancel, which 16 bits do not bear.
+    """
+    gain = low_rank(fit, _weight(merged, path), None, None).get("gain", torch.zeros(1))
+    return fit.error <= merged.merge.adapter.tolerance and bool(gain.abs().max() <= 1)
+
+
+def _weight(merged: Merged, path: str) -> torch.Tensor:
+    """The base's matrix, float32 [out, in]."""
+    weight = merged.base.module(path)["weight"]
+    return weight.T if merged.is_transposed(path) else weight
 
 
 def save(merged: Merged, adapter: AdapterOutput, folder: Path, base: tuple[str, str | None], metadata: Any) -> None:
@@ -83,9 +99,8 @@ def read_change(merged: Merged, adapter: AdapterOutput) -> Change:
     """The modules of a routed model that make the same of the base as an adapter of it."""
     change, dtype = Change(), DTYPES[merged.base.dtype]
     for path, fit in adapter.fits.items():
-        before = merged.base.module(path)
-        weight = before["weight"].T if merged.is_transposed(path) else before["weight"]
-        tensors = low_rank(fit, weight, before.get("bias"), adapter.biases.get(path))
+        old_bias = merged.base.module(path).get("bias")
+        tensors = low_rank(fit, _weight(merged, path), old_bias, adapter.biases.get(path))
         sizes = {"rows": len(fit.B), "columns": fit.A.shape[1], "rank": len(fit.A)}
         change.forms[path] = sizes | {name: name in tensors for name in ("gain", "shift")}
         change.tensors[path] = {name: values.to(dtype) for name, values in tensors.items()}

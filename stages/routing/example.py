@@ -1,4 +1,7 @@
-"""Ask the base with one of the PEFT adapters beside this file, or none, as router.json chooses: `example.py PROMPT`."""
+"""Ask the base with one of the PEFT adapters beside this file, or none, as router.json chooses.
+
+`python example.py PROMPT [BASE]`: BASE is the base's folder or its name on the hub, where it is not in the project.
+"""
 
 import json
 import sys
@@ -10,10 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = Path(__file__).parent
 router = json.loads((folder / "router.json").read_text())
-tokenizer = AutoTokenizer.from_pretrained(router["base"])
-model = AutoModelForCausalLM.from_pretrained(router["base"])
-chat = [{"role": "user", "content": sys.argv[1]}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+prompt, base = [*sys.argv[1:], router["base"]][:2]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base)
+if tokenizer.chat_template:
+    chat = [{"role": "user", "content": prompt}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+keys = {"add_special_tokens": not tokenizer.chat_template, "return_token_type_ids": False}
+inputs = tokenizer(prompt, return_tensors="pt", **keys)
 
 with torch.no_grad():
     states = model(**inputs, output_hidden_states=True).hidden_states  # the embeddings, then every layer's

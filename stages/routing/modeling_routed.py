@@ -13,6 +13,8 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,13 +46,26 @@ class Reached(Exception):  # noqa: N818  it is no error: nothing behind the laye
     """A layer gave its output."""
 
 
+READING: ContextVar[bool] = ContextVar("reading", default=False)  # whether the run ends at the layer that is looked at
+CHOICES: ContextVar[dict[int, "Choice"]] = ContextVar("choices")  # by model; of each thread its own, as READING
+
+
+def look_at(layer: nn.Module) -> None:
+    """Let `mean_hidden` end a run of the model at one of its layers; this changes no other run."""
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        if READING.get():
+            raise Reached(output[0] if isinstance(output, tuple) else output)
+
+    layer.register_forward_hook(stop)
+
+
 @torch.no_grad()
-def mean_hidden(model: Any, layer: str, ids: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean of a layer's hidden states over the tokens of each prompt; float32 [prompts, width].
+def mean_hidden(model: Any, ids: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean, over the tokens of each prompt, of what the layer given to `look_at` makes; float32 [prompts, width].
 
     Args:
         model: runs up to the layer.
-        layer: its name, such as `model.layers.15`.
         ids: of tokens, [prompts, length].
         present: 1 where there is one, [prompts, length]; without it there is one everywhere.
     """
@@ -58,19 +73,37 @@ def mean_hidden(model: Any, layer: str, ids: torch.Tensor, present: torch.Tensor
     inputs = {"input_ids": ids, "attention_mask": present, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (present.cumsum(-1) - 1).clamp_min(0)  # as generate() has them
-
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
-        raise Reached(output[0] if isinstance(output, tuple) else output)
-
-    hook = model.get_submodule(layer).register_forward_hook(stop)
+    token = READING.set(True)
     try:
         model(**inputs)
     except Reached as reached:
         weights = present.unsqueeze(-1).float()
-        return (reached.args[0].float() * weights).sum(1) / weights.sum(1)
+        return (reached.args[0].float() * weights).sum(1) / weights.sum(1).clamp_min(1)
     finally:
-        hook.remove()
-    raise ValueError(f"{layer} is no layer that the model runs through")
+        READING.reset(token)
+    raise ValueError("the model does not run through the layer that is looked at")
+
+
+@dataclass
+class Choice:
+    """What was chosen for the prompts of a batch.
+
+    Attributes:
+        rows: places of the prompts that get a change, by its number; all of them as a slice. None: not chosen yet.
+        prompts: how many there are.
+    """
+
+    rows: dict[int, Any] | None = None
+    prompts: int = 0
+
+    def make(self, numbers: torch.Tensor) -> None:
+        """Choose a number for each prompt, int64 [prompts]."""
+        chosen = numbers.tolist()
+        self.prompts = len(chosen)
+        self.rows = {
+            number: slice(None) if chosen.count(number) == len(chosen) else (numbers == number).nonzero()[:, 0]
+            for number in sorted(set(chosen))
+        }
 
 
 class Routed:
@@ -85,14 +118,13 @@ class Routed:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # the model's own
         settings = config.routed
-        self.rows: dict[int, Any] | None = None  # of prompts that get a change, by its number; None: not chosen yet
-        self.prompts = 0
         self.router = nn.Linear(settings["width"], len(settings["choices"]) + 1)  # the last is for none
         for path, changes in sorted(settings["changes"].items(), key=lambda item: len(item[0])):  # outer ones first
             module = self.get_submodule(path)  # type: ignore[attr-defined]
             made = {key: LowRank(**form) if form else copy.deepcopy(module) for key, form in changes.items()}
             module.changes = nn.ModuleDict(made)
             module.forward = functools.partial(self._run, module, module.forward)
+        look_at(self.get_submodule(settings["layer"]))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def choose(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,12 +133,13 @@ class Routed:
         A change is chosen where its probability is the largest and at least `threshold`.
         """
         with self.chosen(torch.zeros(len(input_ids), dtype=torch.long)):
-            return self.decide(mean_hidden(self, self.config.routed["layer"], input_ids, attention_mask))
+            return self.decide(mean_hidden(self, input_ids, attention_mask))
 
     @torch.no_grad()
     def decide(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `choose` chooses for prompts of these mean hidden states, float32 [prompts, width]."""
-        likely, best = self.router(hidden).softmax(-1)[:, :-1].max(-1)
+        logits = nn.functional.linear(hidden, self.router.weight.float(), self.router.bias.float())
+        likely, best = logits.softmax(-1)[:, :-1].max(-1)
         return torch.where(likely >= self.config.routed["threshold"], best + 1, 0)
 
     @contextmanager
@@ -114,52 +147,58 @@ class Routed:
         """Within the block each prompt of a batch gets the change of that number, [prompts]; the router has no say.
 
         Raises:
-            ValueError: what has changes was replaced since the model was made, as quantisation does.
+            ValueError: there is no such number; or what has changes was replaced since the model was made.
         """
-        find: Any = self.get_submodule  # type: ignore[attr-defined]
-        if lost := [path for path in self.config.routed["changes"] if not hasattr(find(path), "changes")]:
-            raise ValueError(f"{lost[0]} was replaced, and its changes are lost; load the model without quantisation")
-        before, chosen = (self.rows, self.prompts), numbers.tolist()
-        self.prompts = len(chosen)
-        self.rows = {
-            number: slice(None) if chosen.count(number) == len(chosen) else (numbers == number).nonzero()[:, 0]
-            for number in sorted(set(chosen))
-        }
-        try:
+        known = len(self.config.routed["choices"])
+        if not ((numbers >= 0) & (numbers <= known)).all():
+            raise ValueError(f"choices are numbers from 0, for none, to {known}, and not {numbers.tolist()}")
+        with self._holding() as choice:
+            choice.make(numbers)
             yield
-        finally:
-            self.rows, self.prompts = before
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, **named: Any) -> Any:
         """The model's own forward; without past keys and values, all that it is given is the prompt to choose for.
 
         Raises:
-            ValueError: it is to go on from past keys and values, and nobody says what was chosen.
+            ValueError: it is to go on from past keys and values, and nobody says what was chosen; or there are no ids.
         """
-        if self.rows is not None:
-            return super().forward(*inputs, **named)  # type: ignore[misc]
-        past = named.get("past_key_values")
-        if past is not None and past.get_seq_length():
-            raise ValueError("call it within `with model.chosen(model.choose(prompt)):`, so that the choice is kept")
-        with self.chosen(self._choice(inputs[0] if inputs else None, named)):
-            return super().forward(*inputs, **named)  # type: ignore[misc]
+        choice = CHOICES.get({}).get(id(self))
+        if choice is None:
+            with self._holding():
+                return self.forward(**named)
+        if choice.rows is None:
+            past, ids = named.get("past_key_values"), named.get("input_ids")
+            if past is not None and past.get_seq_length():
+                raise ValueError("go on within `with model.chosen(model.choose(prompt)):`, so that the choice is kept")
+            if ids is None:
+                raise ValueError("the router reads input_ids; give them, or choose: `with model.chosen(…):`")
+            choice.make(self.choose(ids, named.get("attention_mask")))
+        return super().forward(**named)  # type: ignore[misc]
 
-    def generate(self, inputs: torch.Tensor | None = None, *others: Any, **named: Any) -> Any:
-        """The model's own generate; each prompt is chosen for once."""
-        if self.rows is not None:
-            return super().generate(inputs, *others, **named)  # type: ignore[misc]
-        with self.chosen(self._choice(inputs, named)):
-            return super().generate(inputs, *others, **named)  # type: ignore[misc]
+    def generate(self, *inputs: Any, **named: Any) -> Any:
+        """The model's own generate; each prompt is chosen for once, when it is first read."""
+        if id(self) in CHOICES.get({}):
+            return super().generate(*inputs, **named)  # type: ignore[misc]
+        with self._holding():
+            return super().generate(*inputs, **named)  # type: ignore[misc]
 
-    def _choice(self, ids: torch.Tensor | None, named: dict[str, Any]) -> torch.Tensor:
-        ids = named.get("input_ids") if ids is None else ids
-        if ids is None:
-            raise ValueError("the router reads input_ids; give them, or say what is chosen: `with model.chosen(…):`")
-        return self.choose(ids, named.get("attention_mask"))
+    @contextmanager
+    def _holding(self) -> Iterator[Choice]:
+        """Within the block a choice, once it is made, stays."""
+        find: Any = self.get_submodule  # type: ignore[attr-defined]
+        if lost := [path for path in self.config.routed["changes"] if not hasattr(find(path), "changes")]:
+            raise ValueError(f"{lost[0]} was replaced, and its changes are lost; load the model without quantisation")
+        choice = Choice()
+        token = CHOICES.set(CHOICES.get({}) | {id(self): choice})
+        try:
+            yield choice
+        finally:
+            CHOICES.reset(token)
 
     def _run(self, module: Any, forward: Any, *inputs: Any, **named: Any) -> Any:
         """What a module gives for each prompt, after the change that was chosen for it."""
-        chosen = {number: places for number, places in (self.rows or {}).items() if str(number) in module.changes}
+        choice = CHOICES.get({}).get(id(self)) or Choice()
+        chosen = {number: places for number, places in (choice.rows or {}).items() if str(number) in module.changes}
         changes = {number: module.changes[str(number)] for number in chosen}
         for number, change in changes.items():
             if isinstance(chosen[number], slice) and not isinstance(change, LowRank):
@@ -169,26 +208,29 @@ class Routed:
             places = chosen[number]
             if isinstance(places, slice):
                 return change(output, *inputs)
-            own = [self._of(places, value) for value in inputs]
+            own = [_of(places, value, choice.prompts) for value in inputs]
             if isinstance(change, LowRank):
-                changed = change(self._of(places, output), *own)
+                changed = change(_of(places, output, choice.prompts), *own)
             else:
-                changed = change(*own, **{key: self._of(places, value) for key, value in named.items()})
+                changed = change(*own, **{key: _of(places, value, choice.prompts) for key, value in named.items()})
             output = output.clone()
             # Beams of a prompt, and its tokens where a model has all of a batch in a row, follow each other.
-            by_prompt = output.view(self.prompts, -1, *output.shape[1:])
+            by_prompt = output.view(choice.prompts, -1, *output.shape[1:])
             by_prompt[places] = changed.view(len(places), -1, *output.shape[1:])
         return output
 
-    def _of(self, places: torch.Tensor, value: Any) -> Any:
-        """The part of some prompts, of what has a part for each."""
-        if not isinstance(value, torch.Tensor) or not value.dim() or len(value) % self.prompts:
-            return value
-        return value.view(self.prompts, -1, *value.shape[1:])[places].flatten(0, 1)
+
+def _of(places: torch.Tensor, value: Any, prompts: int) -> Any:
+    """The part of some prompts, of what has a part for each of so many."""
+    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) % prompts:
+        return value
+    return value.view(prompts, -1, *value.shape[1:])[places].flatten(0, 1)
 
 
 def routed(base_config: Any, base_model: Any) -> tuple[Any, Any]:
     """The config and the model that route, as classes, of a base's own."""
+    signature = inspect.signature(base_model.forward)
+    others = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), "")
 
     class RoutedConfig(base_config):
         model_type = f"routed_{base_config.model_type}"
@@ -199,7 +241,9 @@ def routed(base_config: Any, base_model: Any) -> tuple[Any, Any]:
         _keep_in_fp32_modules_strict = [*(base_model._keep_in_fp32_modules_strict or []), "router"]
 
         @functools.wraps(base_model.forward)  # transformers reads what it takes
-        def forward(self, *inputs: Any, **named: Any) -> Any:
-            return super().forward(*inputs, **named)
+        def forward(self, *inputs: Any, **named: Any) -> Any:  # type: ignore[override]
+            given = dict(signature.bind_partial(self, *inputs, **named).arguments)
+            del given["self"]
+            return Routed.forward(self, **given.pop(others, {}), **given)
 
     return RoutedConfig, RoutedForCausalLM

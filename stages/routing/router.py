@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from stages.records.record import Record
 from stages.records.tokens import turns
@@ -87,23 +88,22 @@ def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
     return turn.asked.ids if {"prompt", "messages"} & record.keys() else turn.asked.ids + turn.answered.ids
 
 
-def hidden_states(model: Any, layer: str, prompts: list[list[int]], filler: int) -> torch.Tensor:
-    """The mean hidden state of each prompt at a layer of the base, float32 [prompts, width].
+def hidden_states(model: Any, prompts: list[list[int]], filler: int) -> torch.Tensor:
+    """The mean hidden state of each prompt at the layer of the base that is looked at, float32 [prompts, width].
 
     Args:
         model: the base.
-        layer: its name.
         prompts: token ids.
         filler: a token id.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, torch.Tensor] = {}
-    for start in range(0, len(order), BATCH):
+    for start in tqdm(range(0, len(order), BATCH), desc="read prompts", unit="batch", dynamic_ncols=True):
         rows = order[start : start + BATCH]
         ids = torch.full((len(rows), max(len(prompts[i]) for i in rows)), filler)
         present = torch.zeros_like(ids)
         for row, i in enumerate(rows):
             ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
             present[row, : len(prompts[i])] = 1
-        found |= zip(rows, mean_hidden(model, layer, ids.to(model.device), present.to(model.device)).cpu(), strict=True)
+        found |= zip(rows, mean_hidden(model, ids.to(model.device), present.to(model.device)).cpu(), strict=True)
     return torch.stack([found[i] for i in range(len(prompts))])

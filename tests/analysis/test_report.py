@@ -252,7 +252,10 @@ def test_what_a_router_chose_and_weighs_is_told(project):
     content = json.loads(Path("reports/evaluation.json").read_text())
     for part in ("matrix", "intervals"):
         content[part]["pick"] = content[part]["merged"]
-    weighed = {"sums": {"low_rank": 3e6, "whole": 0}, "prose": {"low_rank": 0, "whole": 9e6}}
+    weighed = {
+        "sums": {"low_rank": 3e6, "whole": 0, "error": 0.001},
+        "prose": {"low_rank": 0, "whole": 9e6, "error": 0.02},
+    }
     chosen = {"sums": {"sums": 98, "base": 2}, "prose": {"prose": 100}}
     routing = {"threshold": 0.62, "tuning": {"prompts": 40, "right": 39}, "choices": weighed, "chosen": chosen}
     write_json(Path("reports/evaluation.json"), content | {"routing": {"pick": routing}})
@@ -261,7 +264,8 @@ def test_what_a_router_chose_and_weighs_is_told(project):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", Path("reports/report.html").read_text()))
     assert "What pick chose" in text and "questions of base sums prose sums 2 98 prose 100" in text
     assert "Of 40 prompts that it was not trained on, neutral ones among them, it chooses rightly for 39;" in text
-    assert "Its file has 12 MB beside" in text and "of which 9 are whole matrices, for what prose changed" in text
+    assert "within 2.0 % of the stage's own effect" in text
+    assert "Its file has 12.0 MB beside" in text and "of which 9.0 are whole matrices, where what prose" in text
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,20 +163,48 @@ def test_neutral_prompts_are_asked_as_those_of_a_dataset_are():
     assert not any("[assistant]." in text for text in told)  # which would be an answer
 
 
-def test_what_was_chosen_holds_until_the_answer_ends_and_nobody_goes_on_without_it():
+def test_however_it_is_called_a_prompt_gets_its_own_stage():
     truth = prepare("llama-tied")
+    route.main("routed")
+    routed = load_base(ROUTED / "routed", trust_remote_code=True)
+    asked = {name: torch.tensor([ids_of(prompts(name, 50)[-1])]) for name in STAGES}
+    keys = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}  # which does not end a text, as 0 does
+    alone = {name: truth[name].generate(ids, **keys) for name, ids in asked.items()}
+
+    with ThreadPoolExecutor(3) as threads:
+        for name, found in threads.map(lambda pair: (pair[0], routed.generate(pair[1], **keys)), [*asked.items()] * 3):
+            assert torch.equal(found, alone[name]), name
+    ids = asked["three"]
+    padded, mask = (
+        torch.cat([torch.full((1, 40), fill), row], 1) for fill, row in ((1, ids), (0, torch.ones_like(ids)))
+    )
+    assert torch.equal(routed.generate(padded, **keys)[:, 40:], alone["three"])  # transformers finds the mask by itself
+    assert torch.equal(routed.generate(ids, use_cache=False, **keys), alone["three"])
+    with torch.inference_mode():
+        assert torch.equal(routed(padded, mask).logits, routed(input_ids=padded, attention_mask=mask).logits)
+        with routed.chosen(torch.tensor([1])):
+            torch.testing.assert_close(routed(ids).logits, truth["one"](ids).logits, rtol=1e-4, atol=1e-4)
+    assert routed.to(torch.bfloat16).choose(ids).tolist() == [3]
+
+
+def test_nobody_goes_on_without_a_choice():
+    prepare("llama-tied")
     route.main("routed")
     routed = load_base(ROUTED / "routed", trust_remote_code=True)
     ids = torch.tensor([ids_of(prompts("three", 50)[-1])])
 
     with torch.inference_mode():
         past = routed(ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="so that the choice is kept"):
-            routed(ids[:, :1], past_key_values=past)
-        with routed.chosen(torch.tensor([1])):
-            torch.testing.assert_close(routed(ids).logits, truth["one"](ids).logits, rtol=1e-4, atol=1e-4)
+    for go_on in (routed.forward, routed.generate):
+        with pytest.raises(ValueError, match="so that the choice is kept"), torch.inference_mode():
+            go_on(torch.cat([ids, ids], 1), past_key_values=past)
     with pytest.raises(ValueError, match="the router reads input_ids"):
         routed(inputs_embeds=torch.zeros(1, 3, 64))
+    with (
+        pytest.raises(ValueError, match=r"choices are numbers from 0, for none, to 3, and not \[4\]"),
+        routed.chosen(torch.tensor([4])),
+    ):
+        pass
     routed.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 64)  # as quantisation does
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj was replaced, and its changes are lost"):
         routed.generate(ids)

@@ -17,11 +17,11 @@ def test_the_classes_are_those_that_transformers_has():
     assert class_names(model, describe(model)) == ("Qwen3Config", "Qwen3ForCausalLM")
 
 
-@pytest.mark.parametrize("kind", ["experts", "code of its own", "images"])
+@pytest.mark.parametrize("kind", ["has experts", "has code of its own", "reads images"])
 def test_a_base_of_another_kind_is_refused_in_a_sentence(kind):
-    if kind == "experts":
+    if kind == "has experts":
         make_base("mixtral")
-    elif kind == "images":
+    elif kind == "reads images":
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         text = {"model_type": "llama", "vocab_size": 128, **sizes}
         vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **sizes}
@@ -29,5 +29,5 @@ def test_a_base_of_another_kind_is_refused_in_a_sentence(kind):
     else:
         HoulsbyLlamaForCausalLM.config_class(adapter_size=4, vocab_size=128, num_hidden_layers=2).save_pretrained(BASE)
     model = empty_model(BASE)
-    with pytest.raises(MistakeError, match=r"a base of type \w+ cannot be routed, for it has images, experts"):
+    with pytest.raises(MistakeError, match=rf"a base of type \w+ cannot be routed, for it {kind}; remove the router"):
         class_names(model, describe(model))
