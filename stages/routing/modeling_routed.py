@@ -144,7 +144,7 @@ class Routed:
 
     @contextmanager
     def chosen(self, numbers: torch.Tensor) -> Iterator[None]:
-        """Within the block each prompt of a batch gets the change of that number, [prompts]; the router has no say.
+        """Within the block each prompt of a batch gets the change of that number, int64 [prompts], and no other.
 
         Raises:
             ValueError: there is no such number; or what has changes was replaced since the model was made.
