@@ -87,9 +87,13 @@ def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def results(folder: Path = Path()) -> dict[str, str]:
-    """What a notebook that ran in a folder shows, as hashes: the values of params.yaml, and outputs in dvc.lock."""
+    """What a notebook that ran in a folder shows, as hashes: the values of params.yaml, and outputs in dvc.lock.
+
+    A section that is empty is as one that is not there.
+    """
     read = YAML(typ="safe", pure=True).load
-    values = json.dumps(read(folder / "params.yaml"), sort_keys=True)
+    sections = {name: values for name, values in read(folder / "params.yaml").items() if values != {}}
+    values = json.dumps(sections, sort_keys=True)
     outs = [out for stage in read(folder / "dvc.lock")["stages"].values() for out in stage["outs"]]
     found = {out["path"]: out["md5"] for out in outs if out["path"] in SHOWN}
     return found | {"params.yaml": hashlib.md5(values.encode()).hexdigest()}

@@ -84,7 +84,7 @@ def write_adapter(params: Params, choice: str, folder: Path, metadata: dict[str,
     """Write a stage with its ancestors as a PEFT adapter; the same as modules of a routed model."""
     lineage = dict.fromkeys(params.lineage(choice), 1.0)
     merged = Merged(*open_stages(sorted(lineage)), Merge(weights=lineage, outputs=["adapter"]))
-    if any(merged.base.untied_by(merged.changed())):
+    if merged.base.untied_by(merged.changed()):
         raise MistakeError(f"{choice} changes embeddings that the output layer shares; leave that stage out")
     adapter = adapt(merged, params.thread_count)
     change = read_change(merged, adapter)
@@ -107,7 +107,7 @@ def gather(params: Params, choices: list[str], base: Checkpoint) -> list[Prompts
     neutral = tokens(Lines(HERE / "neutral.jsonl"))
     found = [([ids for i, ids in enumerate(neutral) if i % 5], neutral[::5])]
     for choice in choices:
-        dataset = params.stages[choice].dataset
+        dataset = params.skills[choice]  # of a selection, the one with prompts
         train, tune = tokens(load_split(dataset, "train")[:TRAIN]), tokens(load_split(dataset, "tune")[:TUNE])
         if len(train) < 2:
             raise MistakeError(f"the dataset {dataset!r} of {choice} has too few prompts to know it by; leave it out")

@@ -118,7 +118,11 @@ class _Run:
     def _launch(self, step: Step, gpu: str | None) -> None:
         reading, writing = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_reproduce, args=(step.stage, writing, gpu))
-        process.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what Python runs around a fork would swallow it
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         writing.close()
         bar = tqdm(bar_format="{desc}", leave=False, disable=not sys.stderr.isatty())
         bar.set_description_str(step.stage)
@@ -186,6 +190,7 @@ def gpus() -> list[str]:
 def _reproduce(name: str, output: Connection, gpu: str | None) -> None:
     """DVC's `repro` of one stage, in a process of its own, whose output goes to the one that shows it."""
     end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()

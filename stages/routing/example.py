@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = Path(__file__).parent
 router = json.loads((folder / "router.json").read_text())
 prompt, base = [*sys.argv[1:], router["base"]][:2]
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = AutoModelForCausalLM.from_pretrained(base)
+tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
 if tokenizer.chat_template:
     chat = [{"role": "user", "content": prompt}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

@@ -22,5 +22,6 @@ def load_routed(folder: Path, base: Path, dtype: torch.dtype, place: torch.devic
         raise MistakeError(f"{folder} holds no routed model; run `dvc repro route@{folder.name}`")
     names = class_names(empty_model(base), Architecture.of(base))
     config_class, model_class = routed(*(getattr(transformers, name) for name in names))
-    config = config_class.from_pretrained(folder)
-    return model_class.from_pretrained(folder, config=config, dtype=dtype).to(place).eval()
+    config = config_class.from_pretrained(folder, trust_remote_code=False)
+    model = model_class.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+    return model.to(place).eval()

@@ -343,6 +343,16 @@ def test_what_rounding_takes_is_told_and_float32_keeps(capsys, dtype):
     passes(capsys, "--adapter", "one")
 
 
+def test_a_routed_model_is_told(capsys):
+    make_base("llama-untied")
+    adapt("one")
+    merge("one")
+    added = {"router.weight": torch.zeros(2, 32), "model.layers.0.mlp.up_proj.changes.1.down": torch.zeros(1, 32)}
+    edit(lambda tensors, _: tensors | added)
+    assert verify("--adapter", "one") == "error: merged has 1 finding"
+    assert "- merged is a routed model, which keeps the base and each change apart;" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("rounding", "sentence"),
     [
