@@ -92,11 +92,11 @@ def _check_selection(params: Params, name: str, selection: Selection) -> None:
 
 def _check_router(params: Params, name: str) -> None:
     """A router tells its stages apart by the prompts of their datasets."""
-    datasets: dict[str, str] = {}
-    for stage in params.routers[name].stages:
+    datasets, stages = dict[str, str](), params.routers[name].stages
+    for stage in stages:
         _one_of(stage, params.stages, f"routers.{name}.stages", "a stage")
         other = datasets.setdefault(params.skills[stage], stage)
-        if other != stage or list(params.routers[name].stages).count(stage) > 1:
+        if other != stage or stages.count(stage) > 1:
             raise MistakeError(
                 f"routers.{name}.stages names {stage!r}, whose prompts are those of {other!r}; name one of them, once"
             )

@@ -84,6 +84,19 @@ def mean_hidden(model: Any, ids: torch.Tensor, present: torch.Tensor | None = No
     raise ValueError("the model does not run through the layer that is looked at")
 
 
+def decide(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The likeliest choice, from 1, by softmax(weight·hidden + bias), where that is at least `threshold`; else 0.
+
+    Args:
+        hidden: float32 [prompts, width].
+        weight: float32 [choices + 1, width]; the last row is for none.
+        bias: float32 [choices + 1].
+        threshold: a probability.
+    """
+    likely, best = nn.functional.linear(hidden, weight, bias).softmax(-1)[:, :-1].max(-1)
+    return torch.where(likely >= threshold, best + 1, 0)
+
+
 @dataclass
 class Choice:
     """What was chosen for the prompts of a batch.
@@ -138,9 +151,8 @@ class Routed:
     @torch.no_grad()
     def decide(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `choose` chooses for prompts of these mean hidden states, float32 [prompts, width]."""
-        logits = nn.functional.linear(hidden, self.router.weight.float(), self.router.bias.float())
-        likely, best = logits.softmax(-1)[:, :-1].max(-1)
-        return torch.where(likely >= self.config.routed["threshold"], best + 1, 0)
+        threshold = self.config.routed["threshold"]
+        return decide(hidden, self.router.weight.float(), self.router.bias.float(), threshold)
 
     @contextmanager
     def chosen(self, numbers: torch.Tensor) -> Iterator[None]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from stages.models.losses import pad
 from stages.records.record import Record
-from stages.records.tokens import turns
-from stages.routing.modeling_routed import mean_hidden
+from stages.records.tokens import Example, turns
+from stages.routing.modeling_routed import decide, mean_hidden
 
 BATCH = 16  # prompts that pass through the base at once
 LEAST = 0.5  # threshold; below it another choice, or none, could be as likely
@@ -32,8 +33,7 @@ class Router:
 
     def choose(self, hidden: torch.Tensor) -> torch.Tensor:
         """The number of each choice from 1, and 0 for none; int64 [prompts], of float32 [prompts, width]."""
-        likely, best = _likely(hidden, self.weight, self.bias)
-        return _choose(likely, best, self.threshold)
+        return decide(hidden, self.weight, self.bias, self.threshold)
 
 
 def fit(hidden: torch.Tensor, labels: torch.Tensor, tuning: torch.Tensor, tuning_labels: torch.Tensor) -> Router:
@@ -66,20 +66,10 @@ def fit(hidden: torch.Tensor, labels: torch.Tensor, tuning: torch.Tensor, tuning
         solver.step(loss)
     scaled = weight.detach() / scale
     found = scaled.float(), (bias.detach() - scaled @ mean).float()
-    likely, best = _likely(tuning, *found)
     tried = torch.linspace(LEAST, 1, TRIED + 1, dtype=torch.float64)[:-1]
-    right = torch.stack([(_choose(likely, best, float(each)) == tuning_labels).sum() for each in tried])
+    right = torch.stack([(decide(tuning, *found, float(each)) == tuning_labels).sum() for each in tried])
     equals = tried[right == right.max()]
     return Router(*found, round(float(equals[len(equals) // 2]), 3))
-
-
-def _likely(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
-    """The largest probability of a choice, and which."""
-    return torch.nn.functional.linear(hidden, weight, bias).softmax(-1)[:, :-1].max(-1)
-
-
-def _choose(likely: torch.Tensor, best: torch.Tensor, threshold: float) -> torch.Tensor:
-    return torch.where(likely >= threshold, best + 1, 0)
 
 
 def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
@@ -100,10 +90,6 @@ def hidden_states(model: Any, prompts: list[list[int]], filler: int) -> torch.Te
     found: dict[int, torch.Tensor] = {}
     for start in tqdm(range(0, len(order), BATCH), desc="read prompts", unit="batch", dynamic_ncols=True):
         rows = order[start : start + BATCH]
-        ids = torch.full((len(rows), max(len(prompts[i]) for i in rows)), filler)
-        present = torch.zeros_like(ids)
-        for row, i in enumerate(rows):
-            ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
-            present[row, : len(prompts[i])] = 1
-        found |= zip(rows, mean_hidden(model, ids.to(model.device), present.to(model.device)).cpu(), strict=True)
+        batch = pad([Example(prompts[i], [0.0] * len(prompts[i])) for i in rows], filler, model.device)
+        found |= zip(rows, mean_hidden(model, batch.ids, batch.present).cpu(), strict=True)
     return torch.stack([found[i] for i in range(len(prompts))])
